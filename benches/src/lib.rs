@@ -1,0 +1,8 @@
+//! What the benchmarks of vmkit run: guest programs, and small machines to run them on, through vmkit
+//! and on bare ioctls.
+
+pub mod bare;
+pub mod guests;
+pub mod machine;
+pub mod programs;
+mod rounds;

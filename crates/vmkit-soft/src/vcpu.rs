@@ -1,0 +1,362 @@
+//! One vCPU: the run loop around blocks, waiting, and the contract's face.
+
+#![allow(unsafe_code, reason = "starts blocks by pointer, and moves between threads as a whole")]
+
+use std::ptr::null;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use vmkit_hypervisor::{
+    CpuModel, FailedInstruction, HypervisorError, Kick, Kickable, Result, StateSet, Vcpu, VcpuIo,
+    VcpuState, VmExit,
+};
+
+use crate::code::{Block, ELSEWHERE, Link, Next};
+use crate::cpu::flags::IF;
+use crate::cpu::trap::{Trap, TrapKind};
+use crate::cpu::{CS, Cpu, Mode, REG_BLOCK};
+use crate::mem::MODE_SUPERVISOR;
+use crate::partition::PartitionInner;
+use crate::shared::VcpuShared;
+use crate::sys::Taken;
+
+/// Instructions between two looks at the clock.
+const POLL: u64 = 4096;
+
+/// A vCPU of the software backend.
+pub(crate) struct SoftVcpu {
+    cpu: Box<Cpu>,
+    /// Counted among the partition's vCPUs that nothing inside can wake.
+    dead: bool,
+}
+
+// SAFETY: the processor's pointers lead into its own arenas, which move with it, and to the run's
+// callbacks, which are there only while `run` borrows it.
+unsafe impl Send for SoftVcpu {}
+
+impl Kickable for VcpuShared {
+    fn kick(&self) {
+        Self::kick(self);
+    }
+}
+
+impl SoftVcpu {
+    pub fn new(
+        index: u32,
+        model: &CpuModel,
+        partition: Arc<PartitionInner>,
+        shared: Arc<VcpuShared>,
+    ) -> Self {
+        Self { cpu: Cpu::new(index, model, partition, shared), dead: false }
+    }
+
+    fn run_loop(&mut self) -> Result<VmExit> {
+        loop {
+            if let Some(exit) = self.service() {
+                return Ok(exit);
+            }
+            self.cpu.execute();
+            if self.cpu.trap != TrapKind::None {
+                match self.cpu.take_trap() {
+                    Taken::Go => {}
+                    Taken::Shutdown => return Ok(VmExit::Shutdown),
+                    Taken::Unimplemented => {
+                        let at = self.cpu.failed_instruction();
+                        return Err(HypervisorError::Unimplemented(at));
+                    }
+                }
+            }
+            if std::mem::take(&mut self.cpu.stop) {
+                return Ok(VmExit::Stopped);
+            }
+        }
+    }
+
+    /// Between blocks: messages, kicks, timers, interrupts, and waiting while halted. Returns when
+    /// there is code to run, or with an exit.
+    fn service(&mut self) -> Option<VmExit> {
+        loop {
+            let cpu = &mut *self.cpu;
+            let shared = cpu.shared.clone();
+            shared.begin_looking(cpu.instructions + POLL);
+            cpu.read_inbox();
+            if shared.take_kick() {
+                return Some(VmExit::Kicked);
+            }
+            if shared.init.swap(false, Ordering::SeqCst) {
+                cpu.accept_init();
+            }
+            if cpu.wait_for_sipi {
+                let sipi = shared.sipi.swap(0, Ordering::SeqCst);
+                if sipi != 0 {
+                    cpu.wait_for_sipi = false;
+                    cpu.sipi(sipi as u8);
+                }
+            } else {
+                shared.sipi.store(0, Ordering::SeqCst);
+            }
+            let deadline = cpu.advance_timers();
+            match self.cpu.take_event() {
+                Some(Taken::Shutdown) => return Some(VmExit::Shutdown),
+                Some(_) => self.revive(),
+                None => {}
+            }
+            let cpu = &mut *self.cpu;
+            if !cpu.halted && !cpu.wait_for_sipi {
+                self.revive();
+                return None;
+            }
+            // Only an interrupt, NMI, INIT or SIPI goes on from here.
+            let wakeable = !cpu.wait_for_sipi && cpu.flags.rest & IF != 0;
+            if !wakeable {
+                let all = self.bury();
+                if all && self.cpu.halted {
+                    return Some(VmExit::HaltedForGood);
+                }
+            }
+            let now = self.cpu.partition.clock_ns();
+            let limit = deadline.map(|at| Duration::from_nanos(at.saturating_sub(now)));
+            if limit != Some(Duration::ZERO) {
+                shared.leave();
+                shared.sleep(limit);
+                shared.enter();
+            }
+        }
+    }
+
+    /// Counts this vCPU among the dead; true if all are.
+    fn bury(&mut self) -> bool {
+        if self.dead {
+            // Asked again after a kick: count anew.
+            self.cpu.partition.set_dead(false);
+        }
+        self.dead = true;
+        self.cpu.partition.set_dead(true)
+    }
+
+    fn revive(&mut self) {
+        if std::mem::take(&mut self.dead) {
+            self.cpu.partition.set_dead(false);
+        }
+    }
+}
+
+impl Cpu {
+    /// Runs blocks until something wants the run loop.
+    pub fn execute(&mut self) {
+        let mut next: Next = null();
+        loop {
+            if self.due() && !self.inhibit {
+                self.link_from = None;
+                return;
+            }
+            if next.is_null() {
+                let Some(block) = self.find_next() else { return };
+                next = block;
+            }
+            next = self.start(next);
+        }
+    }
+
+    /// Runs `block`, and as many of its successors as follow by calls in tail position.
+    #[inline(always)]
+    fn start(&mut self, block: Next) -> Next {
+        self.block = block;
+        self.regs[usize::from(REG_BLOCK)] = self.rip;
+        // SAFETY: `block` came from the cache, which has not been emptied since.
+        let first = unsafe { (*block).first() };
+        (first.run)(self, first)
+    }
+
+    /// Goes on with `block` from the end of another: at once, if the compiler makes that a jump and
+    /// nothing wants the run loop's eye.
+    #[inline(always)]
+    pub fn go_on(&mut self, block: Next) -> Next {
+        if cfg!(all(vmkit_tail_calls, not(debug_assertions))) && !block.is_null() && !self.due() {
+            return self.start(block);
+        }
+        block
+    }
+
+    /// What to run after a block that names no successor; none if the run loop must look first.
+    fn find_next(&mut self) -> Option<Next> {
+        self.block = null();
+        if self.trap != TrapKind::None || self.stop || self.halted {
+            self.link_from = None;
+            return None;
+        }
+        while self.inhibit || self.must_step() {
+            self.link_from = None;
+            if self.one_instruction() == Err(Trap) || self.stop || self.halted {
+                return None;
+            }
+            if self.due() && !self.inhibit {
+                return None;
+            }
+        }
+        let generation = self.generation;
+        let mut block = self.code.jump(self.rip, self.context, generation);
+        if block.is_null() {
+            block = self.block_here(false).ok()?;
+            self.code.set_jump(self.rip, self.context, self.generation, block);
+        }
+        if let Some((from, which)) = self.link_from.take()
+            && generation == self.generation
+        {
+            let generation = if self.stays_in_page(block) { generation } else { ELSEWHERE };
+            self.code.link(from, which, Link { generation, block });
+        }
+        Some(block)
+    }
+
+    /// True if `block`, which is at `rip`, and the one before it are all in the same page of the linear
+    /// address space: then the one leads to the other wherever that page is mapped.
+    fn stays_in_page(&self, block: *const Block) -> bool {
+        let base = if self.mode.contains(Mode::LONG64) { 0 } else { self.segs[CS].base };
+        let page = |rip: u64| self.wrap_linear(base.wrapping_add(rip)) >> 12;
+        // SAFETY: `block` was just found in the cache, which has not been emptied since.
+        let crosses = unsafe { (*block).second_page().is_some() };
+        !crosses && page(self.rip) == page(self.regs[usize::from(REG_BLOCK)])
+    }
+
+    /// Runs exactly one instruction, with its debug traps.
+    fn one_instruction(&mut self) -> std::result::Result<(), Trap> {
+        let shadowed = std::mem::take(&mut self.inhibit);
+        let stepped = self.step_before()?;
+        let block = self.block_here(true)?;
+        let _ = self.start(block);
+        self.block = null();
+        self.link_from = None;
+        if self.trap != TrapKind::None {
+            return Err(Trap);
+        }
+        let _ = shadowed;
+        self.step_after(stepped)
+    }
+
+    /// Advances this vCPU's timers (and the PIT, on the first) and says when the next one is due.
+    fn advance_timers(&mut self) -> Option<u64> {
+        if !self.partition.has_chips {
+            return None;
+        }
+        let now = self.partition.clock_ns();
+        let own = {
+            let mut apic = self.shared.apic();
+            apic.advance(now);
+            apic.next_deadline()
+        };
+        if self.index != 0 {
+            return own;
+        }
+        let pit = self.partition.advance_pit(now);
+        match (own, pit) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        }
+    }
+
+    /// Takes the most urgent event that may be taken now, if any.
+    fn take_event(&mut self) -> Option<Taken> {
+        if self.wait_for_sipi {
+            return None;
+        }
+        if self.inhibit && !self.halted {
+            // One more instruction, then another look.
+            self.shared.ask();
+            return None;
+        }
+        if self.injected != vmkit_hypervisor::x86::Pending::None {
+            self.halted = false;
+            return Some(self.take_injected());
+        }
+        if !self.nmi_masked && self.shared.nmi.swap(false, Ordering::SeqCst) {
+            self.halted = false;
+            return Some(self.take_nmi());
+        }
+        if !self.partition.has_chips {
+            return None;
+        }
+        self.interrupt_waits = self.flags.rest & IF == 0;
+        if self.interrupt_waits {
+            return None;
+        }
+        let (vector, extint) = {
+            let mut apic = self.shared.apic();
+            let vector = apic.pending_vector().map(|_| apic.acknowledge());
+            (vector, apic.accepts_extint())
+        };
+        let vector = match vector {
+            Some(vector) => vector,
+            None if extint && self.index == 0 => {
+                let partition = self.partition.clone();
+                let mut chips = partition.chips();
+                if !chips.pic.output() {
+                    return None;
+                }
+                self.shared.apic().extint_acknowledged();
+                chips.pic.acknowledge()
+            }
+            None => return None,
+        };
+        // More may be waiting behind it.
+        self.shared.ask();
+        self.halted = false;
+        Some(self.take_interrupt(vector))
+    }
+
+    fn accept_init(&mut self) {
+        self.init();
+        self.shared.apic().init();
+        self.halted = false;
+        self.wait_for_sipi = self.index != 0;
+    }
+
+    /// The instruction at RIP, for a report.
+    pub fn failed_instruction(&mut self) -> FailedInstruction {
+        let base = if self.long64() { 0 } else { self.segs[crate::cpu::CS].base };
+        let address = self.wrap_linear(base.wrapping_add(self.rip));
+        let mut at = FailedInstruction { address, bytes: [0; 15], len: 0 };
+        for (i, byte) in at.bytes.iter_mut().enumerate() {
+            let linear = self.wrap_linear(address.wrapping_add(i as u64));
+            let mut one = [0];
+            let read = self.load_bytes(linear, &mut one, MODE_SUPERVISOR);
+            self.trap = TrapKind::None;
+            if read.is_err() {
+                break;
+            }
+            (*byte, at.len) = (one[0], i as u8 + 1);
+        }
+        at
+    }
+}
+
+impl Vcpu for SoftVcpu {
+    fn run(&mut self, io: &mut dyn VcpuIo) -> Result<VmExit> {
+        self.cpu.lend_io(io);
+        self.cpu.shared.enter();
+        self.cpu.fp_enter();
+        let end = self.run_loop();
+        self.cpu.fp_leave();
+        self.cpu.shared.leave();
+        self.cpu.return_io();
+        end
+    }
+
+    fn kick(&self) -> Kick {
+        Kick::new(self.cpu.shared.clone())
+    }
+
+    fn get(&mut self, what: StateSet, out: &mut VcpuState) -> Result<()> {
+        self.cpu.get_state(what, out);
+        Ok(())
+    }
+
+    fn set(&mut self, what: StateSet, from: &VcpuState) -> Result<()> {
+        self.cpu.set_state(what, from)
+    }
+
+    fn instructions(&self) -> Option<u64> {
+        Some(self.cpu.instructions)
+    }
+}

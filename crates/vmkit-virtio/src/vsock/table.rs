@@ -1,0 +1,285 @@
+//! All connections of a guest, found by ports, and who may speak to it next.
+//!
+//! Bounded in every direction: [`MOST`] connections, one entry each in the speakers' queue, and
+//! [`MOST_REFUSALS`] refusals, after which the guest's packets wait.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::os::unix::net::UnixStream;
+
+use super::connection::{Connection, Key, Said, State, owed};
+use super::host::Host;
+use super::packet::{Header, STREAM, op};
+use crate::{Fault, Interest, Poller, Reader, Writer};
+
+/// Most connections at a time, with those a host program has only begun to ask for.
+pub(super) const MOST: usize = 256;
+/// Most refusals that wait for the driver's buffers.
+const MOST_REFUSALS: usize = 64;
+/// First port of host programs that connect to the guest.
+const FIRST_HOST_PORT: u32 = 1 << 30;
+
+/// What was wrong with a packet.
+pub(super) type Misuse = &'static str;
+
+pub(super) struct Table {
+    cid: u64,
+    poller: Option<Poller>,
+    /// Indexed by the token of the connection's socket.
+    slots: Vec<Option<Connection>>,
+    by_key: HashMap<Key, usize>,
+    /// Tokens of who may have something to say, in order; each once.
+    speakers: VecDeque<usize>,
+    refusals: VecDeque<Header>,
+    next_port: u32,
+}
+
+impl Table {
+    pub(super) fn new(cid: u64) -> Self {
+        Self {
+            cid,
+            poller: None,
+            slots: Vec::new(),
+            by_key: HashMap::new(),
+            speakers: VecDeque::new(),
+            refusals: VecDeque::with_capacity(MOST_REFUSALS),
+            next_port: FIRST_HOST_PORT,
+        }
+    }
+
+    pub(super) fn set_poller(&mut self, poller: Poller) {
+        self.poller = Some(poller);
+    }
+
+    /// Connections there are.
+    pub(super) fn len(&self) -> usize {
+        self.slots.iter().flatten().count()
+    }
+
+    /// True if the guest's packets must wait, because their refusals could not be kept.
+    pub(super) fn is_congested(&self) -> bool {
+        self.refusals.len() >= MOST_REFUSALS
+    }
+
+    /// True if there may be something to say to the guest.
+    pub(super) fn wants_to_speak(&self) -> bool {
+        !self.refusals.is_empty() || !self.speakers.is_empty()
+    }
+
+    fn get(&mut self, token: usize) -> Option<&mut Connection> {
+        self.slots.get_mut(token)?.as_mut()
+    }
+
+    fn queue_speaker(&mut self, token: usize) {
+        if self.get(token).is_some_and(|c| c.wants_to_speak()) && !self.speakers.contains(&token) {
+            self.speakers.push_back(token);
+        }
+    }
+
+    fn insert(&mut self, connection: Connection) -> io::Result<usize> {
+        let free = self.slots.iter().position(Option::is_none);
+        let token = match free {
+            Some(token) => token,
+            None if self.slots.len() < MOST => {
+                self.slots.push(None);
+                self.slots.len() - 1
+            }
+            None => return Err(io::ErrorKind::ResourceBusy.into()),
+        };
+        if let Some(poller) = &self.poller {
+            let interest = Interest::READ | Interest::WRITE;
+            poller.add(&connection.stream, token as u32, interest)?;
+        }
+        if connection.state != State::Greeting {
+            self.by_key.insert(connection.key, token);
+        }
+        if let Some(slot) = self.slots.get_mut(token) {
+            *slot = Some(connection);
+        }
+        Ok(token)
+    }
+
+    fn remove(&mut self, token: usize) {
+        let Some(connection) = self.slots.get_mut(token).and_then(Option::take) else { return };
+        if self.by_key.get(&connection.key) == Some(&token) {
+            self.by_key.remove(&connection.key);
+        }
+        self.speakers.retain(|speaker| *speaker != token);
+    }
+
+    /// Refuses the packet with `header`, unless it is a refusal itself.
+    fn refuse(&mut self, header: &Header) {
+        if header.op == op::RST {
+            return;
+        }
+        self.refusals.push_back(Header {
+            src_cid: header.dst_cid,
+            dst_cid: header.src_cid,
+            src_port: header.dst_port,
+            dst_port: header.src_port,
+            kind: header.kind,
+            op: op::RST,
+            ..Header::default()
+        });
+    }
+
+    /// A host port that no connection to guest port `guest` has.
+    fn free_port(&mut self, guest: u32) -> u32 {
+        loop {
+            let port = self.next_port;
+            self.next_port = port.checked_add(1).unwrap_or(FIRST_HOST_PORT);
+            // No more than `MOST` ports are taken.
+            if !self.by_key.contains_key(&(port, guest)) {
+                return port;
+            }
+        }
+    }
+
+    /// A host program connected to the listening socket and has yet to say where it wants to go.
+    pub(super) fn greet(&mut self, stream: UnixStream) {
+        // Without a free slot the program finds its connection closed.
+        if stream.set_nonblocking(true).is_ok()
+            && let Ok(token) = self.insert(Connection::new(stream, (0, 0), State::Greeting))
+        {
+            self.socket_event(token, true, false);
+        }
+    }
+
+    /// The embedder wants to connect to `port`.
+    pub(super) fn ask(&mut self, port: u32, stream: UnixStream) {
+        let key = (self.free_port(port), port);
+        let mut connection = Connection::new(stream, key, State::Asking { announce: false });
+        connection.owe(owed::REQUEST);
+        if let Ok(token) = self.insert(connection) {
+            self.queue_speaker(token);
+        }
+    }
+
+    /// Something happened on a connection's socket.
+    pub(super) fn socket_event(&mut self, token: usize, readable: bool, writable: bool) {
+        let Some(connection) = self.get(token) else { return };
+        connection.readable |= readable;
+        if connection.state == State::Greeting {
+            match connection.greeting() {
+                Ok(None) => return,
+                Err(()) => return self.remove(token),
+                Ok(Some(port)) => {
+                    let key = (self.free_port(port), port);
+                    if let Some(connection) = self.get(token) {
+                        connection.key = key;
+                        connection.state = State::Asking { announce: true };
+                        connection.owe(owed::REQUEST);
+                    }
+                    self.by_key.insert(key, token);
+                }
+            }
+        } else if writable && !connection.flush() {
+            connection.owe(owed::RST);
+        }
+        self.queue_speaker(token);
+    }
+
+    /// Takes one packet from the guest.
+    pub(super) fn handle(
+        &mut self,
+        header: &Header,
+        data: &mut Reader<'_>,
+        host: &Host,
+    ) -> Result<Result<(), Misuse>, Fault> {
+        if header.src_cid != self.cid {
+            return Ok(Err("a packet from another guest's address"));
+        }
+        if header.dst_cid != super::HOST_CID || header.kind != STREAM {
+            self.refuse(header);
+            return Ok(Ok(()));
+        }
+        if u64::from(header.len) > data.remaining() {
+            self.refuse(header);
+            return Ok(Err("a packet shorter than it says"));
+        }
+        let key = (header.dst_port, header.src_port);
+        let Some(&token) = self.by_key.get(&key) else {
+            if header.op == op::REQUEST {
+                self.accept(header, key, host);
+            } else {
+                self.refuse(header);
+            }
+            return Ok(Ok(()));
+        };
+        let outcome = self.handle_known(header, token, data)?;
+        self.queue_speaker(token);
+        Ok(outcome)
+    }
+
+    fn handle_known(
+        &mut self,
+        header: &Header,
+        token: usize,
+        data: &mut Reader<'_>,
+    ) -> Result<Result<(), Misuse>, Fault> {
+        let Some(connection) = self.get(token) else { return Ok(Ok(())) };
+        connection.credit(header);
+        match header.op {
+            op::RW if !connection.take(data, header.len)? => {
+                connection.owe(owed::RST);
+                return Ok(Err("data without credit, or on a connection that is not open"));
+            }
+            op::RESPONSE if matches!(connection.state, State::Asking { .. }) => connection.opened(),
+            op::RST => self.remove(token),
+            op::SHUTDOWN => connection.shut_down(header.flags),
+            op::CREDIT_REQUEST => connection.owe(owed::CREDIT_UPDATE),
+            op::RW | op::CREDIT_UPDATE => {}
+            _ => {
+                connection.owe(owed::RST);
+                return Ok(Err("a packet that does not fit its connection"));
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// The guest wants to connect to the host.
+    fn accept(&mut self, header: &Header, key: Key, host: &Host) {
+        let connected = if self.len() < MOST {
+            host.connect(header.dst_port)
+        } else {
+            Err(io::ErrorKind::ResourceBusy.into())
+        };
+        let token = connected.and_then(|stream| {
+            let mut connection = Connection::new(stream, key, State::Open);
+            connection.credit(header);
+            connection.owe(owed::RESPONSE);
+            self.insert(connection)
+        });
+        match token {
+            Ok(token) => self.queue_speaker(token),
+            Err(_) => self.refuse(header),
+        }
+    }
+
+    /// Says the next thing to the guest; false if there is nothing to say.
+    pub(super) fn speak(&mut self, out: &mut Writer<'_>) -> Result<bool, Fault> {
+        if let Some(refusal) = self.refusals.pop_front() {
+            out.write_all(&refusal.to_bytes())?;
+            return Ok(true);
+        }
+        while let Some(token) = self.speakers.pop_front() {
+            let cid = self.cid;
+            let Some(connection) = self.get(token) else { continue };
+            match connection.speak(cid, out)? {
+                Said::Nothing => {}
+                Said::Last => {
+                    self.remove(token);
+                    return Ok(true);
+                }
+                Said::Packet { more } => {
+                    if more {
+                        // Behind the others: each has its turn.
+                        self.speakers.push_back(token);
+                    }
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
+    }
+}
