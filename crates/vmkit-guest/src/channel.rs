@@ -117,7 +117,37 @@ impl Channel {
         self.changed.notify_all();
     }
 
-    /// Waits until `find` finds something, but not longer than `timeout`.
+    /// Waits for bytes of `stream` and takes them: none once there will be no more.
+    pub(crate) fn read(
+        &self,
+        stream: Stream,
+        into: &mut [u8],
+        timeout: Option<Duration>,
+    ) -> Result<usize, GuestError> {
+        let (count, drained) = self.wait(timeout, |state| {
+            let count = state.read(stream, into)?;
+            Some((count, count > 0 && state.is_drained(stream)))
+        })?;
+        if drained {
+            self.changed.notify_all();
+        }
+        Ok(count)
+    }
+
+    /// Takes bytes of `stream` as [`read`](Self::read) does, without waiting.
+    pub(crate) fn read_at_once(&self, stream: Stream, into: &mut [u8]) -> Option<usize> {
+        self.read(stream, into, Some(Duration::ZERO)).ok()
+    }
+
+    /// Nobody reads `stream` any more. True if the guest should be told.
+    pub(crate) fn abandon(&self, stream: Stream) -> bool {
+        let tell = self.lock().abandon(stream);
+        self.changed.notify_all();
+        tell
+    }
+
+    /// Waits until `find` finds something, but not longer than `timeout`. What `find` changes in a way
+    /// that others wait for has to be told to them.
     pub(crate) fn wait<T>(
         &self,
         timeout: Option<Duration>,
@@ -212,7 +242,7 @@ impl State {
     }
 
     /// Takes bytes of `stream`: none if there are none yet, zero if there will be no more.
-    pub(crate) fn read(&mut self, stream: Stream, into: &mut [u8]) -> Option<usize> {
+    fn read(&mut self, stream: Stream, into: &mut [u8]) -> Option<usize> {
         let failed = self.failure.is_some();
         let pipe = self.pipe(stream)?;
         if pipe.data.is_empty() {
@@ -263,8 +293,7 @@ impl State {
         }
     }
 
-    /// Nobody reads `stream` any more. True if the guest should be told.
-    pub(crate) fn abandon(&mut self, stream: Stream) -> bool {
+    fn abandon(&mut self, stream: Stream) -> bool {
         let Some(pipe) = self.pipe(stream) else { return false };
         pipe.data = VecDeque::new();
         pipe.abandoned = true;
@@ -294,5 +323,57 @@ impl Pipe {
             self.data.extend(bytes);
         }
         Some(())
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// A command that has written and ended, and somebody who waits for the last of it to be read.
+    fn wakes_who_waits_for_the_last_byte(take: impl FnOnce(&Channel)) {
+        let channel = Channel::new(1, Purpose::Command(flags::OUTPUT));
+        let word = |flow| ToHost::Flow(Stream::Output, flow);
+        for message in [
+            ToHost::Started(42),
+            word(Flow::Data(b"last")),
+            ToHost::Exited(Exit::Code(0)),
+            word(Flow::End),
+        ] {
+            channel.receive(&message).unwrap();
+        }
+        let (looked, looks) = mpsc::channel();
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| {
+                // Only a waiter that nobody wakes waits so long.
+                channel.wait(Some(Duration::from_secs(20)), |state| {
+                    let _ = looked.send(());
+                    state.is_drained(Stream::Output).then_some(())
+                })
+            });
+            // It has the lock until it waits.
+            looks.recv().unwrap();
+            take(&channel);
+            looks.recv_timeout(Duration::from_secs(10)).unwrap();
+            waiter.join().unwrap().unwrap();
+        });
+    }
+
+    #[test]
+    fn reading_the_last_bytes_wakes_who_waits_for_that() {
+        wakes_who_waits_for_the_last_byte(|channel| {
+            let mut bytes = [0; 8];
+            assert_eq!(channel.read(Stream::Output, &mut bytes, None).unwrap(), 4);
+        });
+    }
+
+    #[test]
+    fn leaving_the_last_bytes_wakes_who_waits_for_that() {
+        wakes_who_waits_for_the_last_byte(|channel| {
+            assert!(!channel.abandon(Stream::Output), "the guest knows");
+        });
     }
 }

@@ -57,11 +57,10 @@ impl End {
             && let Err(error) = self.flow(Flow::Credit(credit), left(deadline))
         {
             // What came before can still be read.
-            let mut state = self.channel.lock();
-            state.keep_credit(self.stream, credit);
-            return state.read(self.stream, into).ok_or(error);
+            self.channel.lock().keep_credit(self.stream, credit);
+            return self.channel.read_at_once(self.stream, into).ok_or(error);
         }
-        self.channel.wait(left(deadline), |state| state.read(self.stream, into))
+        self.channel.read(self.stream, into, left(deadline))
     }
 
     fn write(&self, bytes: &[u8]) -> Result<usize, GuestError> {
@@ -105,7 +104,7 @@ macro_rules! reader {
 
         impl Drop for $name {
             fn drop(&mut self) {
-                if self.0.channel.lock().abandon(self.0.stream) {
+                if self.0.channel.abandon(self.0.stream) {
                     self.0.flow_at_once(Flow::Close);
                 }
             }

@@ -50,7 +50,7 @@ impl<'a> Transfer<'a> {
             self.flow(Stream::Output, Flow::Credit(credit))?;
         }
         let limit = Some(self.guest.limit());
-        let count = self.channel.wait(limit, |state| state.read(Stream::Output, into))?;
+        let count = self.channel.read(Stream::Output, into, limit)?;
         if count == 0 {
             self.failed()?;
         }
@@ -76,10 +76,8 @@ impl<'a> Transfer<'a> {
 
 impl Drop for Transfer<'_> {
     fn drop(&mut self) {
-        let mut state = self.channel.lock();
-        let writing = state.input.is_some();
-        let reading = state.abandon(Stream::Output);
-        drop(state);
+        let writing = self.channel.lock().input.is_some();
+        let reading = self.channel.abandon(Stream::Output);
         let stream = match (writing, reading) {
             (true, _) => Stream::Input,
             (false, true) => Stream::Output,
