@@ -77,7 +77,7 @@ impl Cpu {
             std::ptr::null(),
         );
         self.code.cut(block, branch::cut_off);
-        self.generation += 1;
+        self.code_changed();
     }
 
     pub fn pio_read(&mut self, port: u16, data: &mut [u8]) {
@@ -208,7 +208,7 @@ impl Cpu {
         let running = self.block;
         let (dropped, hit) = self.code.invalidate(page, lines, running);
         if dropped {
-            self.generation += 1;
+            self.code_changed();
         }
         if hit {
             self.code.cut(running, branch::cut_off);
@@ -234,7 +234,7 @@ impl Cpu {
                     self.map = self.partition.memory_map();
                     self.tlb.flush(true);
                     self.code.forget();
-                    self.generation += 1;
+                    self.code_changed();
                     if !self.block.is_null() {
                         let running = self.block;
                         self.code.cut(running, branch::cut_off);

@@ -153,7 +153,7 @@ mod tests {
         // The test's processor is not among the partition's vCPUs, so the watch has nobody to tell;
         // the vCPU path is covered by the contract's tests. Decoding anew is what is checked here.
         bench.cpu.code.forget();
-        bench.cpu.generation += 1;
+        bench.cpu.code_changed();
         bench.cpu.trap = TrapKind::None;
         bench.cpu.rip = 0x8000;
         bench.go();

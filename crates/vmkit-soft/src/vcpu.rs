@@ -182,12 +182,13 @@ impl Cpu {
     /// What to run after a block that names no successor; none if the run loop must look first.
     fn find_next(&mut self) -> Option<Next> {
         self.block = null();
+        // Whatever comes between that block's end and the next one makes it no link.
+        let mut link_from = self.link_from.take();
         if self.trap != TrapKind::None || self.stop || self.halted {
-            self.link_from = None;
             return None;
         }
         while self.inhibit || self.must_step() {
-            self.link_from = None;
+            link_from = None;
             if self.one_instruction() == Err(Trap) || self.stop || self.halted {
                 return None;
             }
@@ -196,12 +197,12 @@ impl Cpu {
             }
         }
         let generation = self.generation;
-        let mut block = self.code.jump(self.rip, self.context, generation);
+        let mut block = self.code.jump(self.rip, self.context, self.translations);
         if block.is_null() {
             block = self.block_here(false).ok()?;
-            self.code.set_jump(self.rip, self.context, self.generation, block);
+            self.code.set_jump(self.rip, self.context, self.translations, block);
         }
-        if let Some((from, which)) = self.link_from.take()
+        if let Some((from, which)) = link_from
             && generation == self.generation
         {
             let generation = if self.stays_in_page(block) { generation } else { ELSEWHERE };

@@ -29,6 +29,8 @@ cases! { "paging":
     smep "Intel SDM vol. 3A §4.6.1" [Need::Feature(Feature::Smep)];
     smap "Intel SDM vol. 3A §4.6.1" [Need::Feature(Feature::Smap)];
     a_page_at_two_addresses_goes_on_in_two "Intel SDM vol. 3A §4.5";
+    code_follows_the_address_space "Intel SDM vol. 3A §4.10.4.1";
+    a_jump_that_faulted_leads_to_its_target "Intel SDM vol. 3A §6.5, faults";
     what_the_supervisor_ran_is_no_code_of_the_users "Intel SDM vol. 3A §4.6.1";
     accessed_and_dirty "Intel SDM vol. 3A §4.8";
     a_fault_sets_no_dirty_bit "Intel SDM vol. 3A §4.8";
@@ -376,6 +378,82 @@ fn a_page_at_two_addresses_goes_on_in_two(hypervisor: &dyn Hypervisor) -> Result
     Ok(())
 }
 
+/// The same address holds other code in another address space: at once after the load of CR3, which
+/// is in that page itself, and in what is called later.
+fn code_follows_the_address_space(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
+    let mut guest = mapped(hypervisor, &[FRAME | PAGE])?;
+    let other = second_tables(&guest)?;
+    // mov cr3, rax; jmp over what differs in length; add edx, 1 or 0x10; ret
+    guest.write(FRAME, &[0x0F, 0x22, 0xD8, 0xEB, 1, 0x90, 0x83, 0xC2, 1, 0xC3])?;
+    guest.write(
+        FRAME + 0x1000,
+        &[0x0F, 0x22, 0xD8, 0xEB, 3, 0x90, 0x90, 0x90, 0x83, 0xC2, 0x10, 0xC3],
+    )?;
+    // jmp; add edx, 0x100 or 0x1000; ret
+    guest.write(FRAME + 0x100, &[0xEB, 1, 0x90, 0x81, 0xC2, 0, 1, 0, 0, 0xC3])?;
+    guest.write(FRAME + 0x1100, &[0xEB, 2, 0x90, 0x90, 0x81, 0xC2, 0, 0x10, 0, 0, 0xC3])?;
+    guest.load(|a| {
+        asm! { a;
+            label again;
+            mov rsi, cr3;
+            mov rdi, other;
+            mov rbx, VA;
+            mov rbp, VA + 0x100;
+            xor edx, edx;
+            mov ecx, 3;
+        again:
+            call rbp;
+            mov rax, rdi;
+            call rbx;
+            call rbp;
+            mov rax, rsi;
+            call rbx;
+            dec ecx;
+            jnz again;
+            mov eax, edx;
+            stop;
+        };
+        Ok(())
+    })?;
+    ensure_eq!(guest.cpu.finish(&mut Recorder::new())?, 3 * 0x1111, "what the calls add");
+    Ok(())
+}
+
+/// The handler that maps the target is in the page of the jump.
+fn a_jump_that_faulted_leads_to_its_target(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
+    let mut guest = mapped(hypervisor, &[FRAME | PAGE])?;
+    // jmp to the next page, where there is inc edx; ret
+    guest.write(FRAME, &[0xE9, 0xFB, 0x0F, 0, 0])?;
+    guest.write(FRAME + 0x1000, &[0xFF, 0xC2, 0xC3])?;
+    guest.load_at(FRAME + 0x100, |a| {
+        asm! { a;
+            mov rax, (FRAME + 0x1000) | PAGE;
+            mov qword_ptr(PT + 8), rax;
+            inc ecx;
+            add rsp, 8;
+            iretq;
+        };
+        Ok(())
+    })?;
+    guest.gate(14, VA + 0x100)?;
+    let value = ends(&mut guest, |a| {
+        asm! { a;
+            xor ecx, ecx;
+            xor edx, edx;
+            mov rbx, VA;
+            call rbx;
+            call rbx;
+            call rbx;
+            mov eax, edx;
+            stop;
+        };
+        Ok(())
+    })?;
+    ensure_eq!(value, 3, "calls that came to the target");
+    ensure_eq!(guest.cpu.register(1)?, 1, "faults");
+    Ok(())
+}
+
 fn what_the_supervisor_ran_is_no_code_of_the_users(
     hypervisor: &dyn Hypervisor,
 ) -> Result<(), Failure> {
@@ -538,20 +616,26 @@ fn tables_changed_by_the_host_between_runs(hypervisor: &dyn Hypervisor) -> Resul
     Ok(())
 }
 
-fn cr3_set_by_the_host(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
-    let mut guest = mapped(hypervisor, &[FRAME | PAGE])?;
-    guest.write_u32(FRAME, 0x1111)?;
-    guest.write_u32(FRAME + 0x1000, 0x2222)?;
-    ensure_eq!(ends(&mut guest, read(VA))?, 0x1111, "by the first tables");
-    // A second set, that shares all but the case's own table.
+/// A second set of tables, that shares all but the case's own: there is the frame after [`FRAME`] at
+/// [`VA`]. Returns its root.
+fn second_tables(guest: &Guest) -> Result<u64, Failure> {
     let [pml4, pdpt, pd, pt] = [8, 9, 10, 11].map(|page| TABLES + page * 0x1000);
     guest.write_u64(pml4, pdpt | PAGE)?;
     guest.write_u64(pdpt, PD | PAGE)?;
     guest.write_u64(pdpt + 8, pd | PAGE)?;
     guest.write_u64(pd, pt | PAGE)?;
     guest.write_u64(pt, (FRAME + 0x1000) | PAGE)?;
+    Ok(pml4)
+}
+
+fn cr3_set_by_the_host(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
+    let mut guest = mapped(hypervisor, &[FRAME | PAGE])?;
+    guest.write_u32(FRAME, 0x1111)?;
+    guest.write_u32(FRAME + 0x1000, 0x2222)?;
+    ensure_eq!(ends(&mut guest, read(VA))?, 0x1111, "by the first tables");
+    let other = second_tables(&guest)?;
     guest.load(read(VA))?;
-    guest.cpu.change(StateSet::CONTROL, |state| state.control.cr3 = pml4)?;
+    guest.cpu.change(StateSet::CONTROL, |state| state.control.cr3 = other)?;
     ensure_eq!(guest.cpu.finish(&mut Recorder::new())?, 0x2222, "by the second tables");
     Ok(())
 }

@@ -3,6 +3,10 @@
 //! Blocks live in an arena that is only ever emptied whole, between blocks; so a pointer to a block
 //! stays good while code runs, and dropping a block means unlinking it and bumping the generation
 //! that all links between blocks are stamped with. A vCPU has its own cache.
+//!
+//! A link leads from a block to another of the same page of the linear address space, and so is good
+//! however that page is mapped. Any other way is remembered by its address, under the stamp of the
+//! translations it was found by.
 
 #![allow(unsafe_code, reason = "blocks and operations are linked by place within the arena")]
 
@@ -18,8 +22,8 @@ const CHUNK_OPS: usize = 4096;
 const CHUNK_BLOCKS: usize = 512;
 /// The arena is emptied past this many chunks: 512 Ki operations of 32 bytes.
 const MAX_CHUNKS: usize = 128;
-const BUCKETS: usize = 1 << 14;
-const JUMPS: usize = 1 << 11;
+const BUCKETS: usize = 1 << 16;
+const JUMPS: usize = 1 << 12;
 const CHUNK_COLD: usize = 1024;
 
 /// No page: page addresses are multiples of 4096.
@@ -33,7 +37,7 @@ pub(crate) struct Key {
     pub mode: Mode,
 }
 
-/// A block this one leads to, good while `generation` is the processor's.
+/// A block this one leads to, good while `generation` is the processor's (`Cpu::generation`).
 #[derive(Clone, Copy)]
 pub(crate) struct Link {
     pub generation: u64,
@@ -99,11 +103,13 @@ impl Block {
 struct Jump {
     rip: u64,
     context: u64,
-    link: Link,
+    /// `Cpu::translations` when it was found.
+    translations: u64,
+    block: *const Block,
 }
 
 /// A jump that leads nowhere.
-const NO_JUMP: Jump = Jump { rip: 0, context: 0, link: NO_LINK };
+const NO_JUMP: Jump = Jump { rip: 0, context: 0, translations: 0, block: null() };
 
 /// The blocks that overlap a page.
 struct Page {
@@ -189,7 +195,7 @@ impl CodeCache {
 
     fn bucket(key: Key) -> usize {
         let mixed = (key.pa ^ u64::from(key.mode.bits()) << 40).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        (mixed >> 50) as usize & (BUCKETS - 1)
+        (mixed >> 40) as usize & (BUCKETS - 1)
     }
 
     /// The block for `key`, if it is decoded.
@@ -206,18 +212,30 @@ impl CodeCache {
         None
     }
 
-    /// The block that `rip` led to under `generation` in a context of the processor's (`Cpu::context`).
+    /// The block that `rip` leads to in a context of the processor's (`Cpu::context`), if that is
+    /// remembered from under these translations.
     #[inline(always)]
-    pub fn jump(&self, rip: u64, context: u64, generation: u64) -> *const Block {
+    pub fn jump(&self, rip: u64, context: u64, translations: u64) -> *const Block {
         let jump = &self.jumps[Self::jump_index(rip)];
         let same = (jump.rip ^ rip) | (jump.context ^ context) == 0;
-        if same && jump.link.generation == generation { jump.link.block } else { null() }
+        if same && jump.translations == translations { jump.block } else { null() }
+    }
+
+    /// The block that `rip` led to under whatever translations, if it is the one for `key`: what
+    /// [`find`](Self::find) finds, sooner.
+    pub fn recall(&self, rip: u64, context: u64, key: Key) -> Option<&Block> {
+        let jump = &self.jumps[Self::jump_index(rip)];
+        if jump.block.is_null() || jump.rip != rip || jump.context != context {
+            return None;
+        }
+        // SAFETY: a block of the arena, which was not emptied since: that forgets all jumps.
+        let block = unsafe { &*jump.block };
+        (block.key == key).then_some(block)
     }
 
     /// Remembers that `rip` leads to `block`.
-    pub fn set_jump(&mut self, rip: u64, context: u64, generation: u64, block: *const Block) {
-        let link = Link { generation, block };
-        self.jumps[Self::jump_index(rip)] = Jump { rip, context, link };
+    pub fn set_jump(&mut self, rip: u64, context: u64, translations: u64, block: *const Block) {
+        self.jumps[Self::jump_index(rip)] = Jump { rip, context, translations, block };
     }
 
     #[inline(always)]
@@ -324,10 +342,11 @@ impl CodeCache {
             while !(*link).is_null() {
                 if *link == block {
                     *link = (*block).next_in_bucket;
-                    return;
+                    break;
                 }
                 link = &raw mut (**link).next_in_bucket;
             }
+            (*block).key.mode = Mode::GONE;
         }
     }
 

@@ -44,7 +44,9 @@ impl Cpu {
         let linear = self.code_address()?;
         let page = self.fetch_page(linear)?;
         let key = Key { pa: page | linear & 0xFFF, mode };
-        let found = self.code.find(key).map(|b| (std::ptr::from_ref(b), b.second_page()));
+        let recalled = self.code.recall(self.rip, self.context, key);
+        let found = recalled.or_else(|| self.code.find(key));
+        let found = found.map(|b| (std::ptr::from_ref(b), b.second_page()));
         if let Some((block, second)) = found {
             let still = match second {
                 None => true,
@@ -55,10 +57,11 @@ impl Cpu {
             }
             // The page that follows is another one now.
             self.code.invalidate(page, WriteTracker::lines_of(linear, linear), null());
+            self.code_changed();
         }
         if self.code.is_full() {
             self.code.clear();
-            self.generation += 1;
+            self.code_changed();
         }
         self.decode(linear, key, step)
     }

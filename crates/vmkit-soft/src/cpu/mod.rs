@@ -73,14 +73,17 @@ pub(crate) struct Cpu {
     pub rip: u64,
     /// Instructions completed.
     pub instructions: u64,
-    /// Bumped whenever a link between blocks may have become stale.
+    /// Bumped whenever a link between blocks may have become stale: [`code_changed`](Self::code_changed).
     pub generation: u64,
+    /// Bumped with that, and whenever an address may lead to another block than before:
+    /// [`translations_changed`](Self::translations_changed).
+    pub translations: u64,
     /// The running block.
     pub block: *const Block,
     /// The block and link that the next look-up's result goes into, with the generation it is for.
     pub link_from: Option<(*const Block, usize)>,
-    /// What else than RIP decides where code is fetched, and whether it may be: the base of CS where it has
-    /// one, and above it whether CPL is 3.
+    /// What else than RIP decides which block is next: the base of CS where it has one, and above it
+    /// whether CPL is 3, and the mode.
     pub context: u64,
     /// What stopped an instruction; `None` between instructions.
     pub trap: TrapKind,
@@ -162,6 +165,7 @@ impl Cpu {
             rip: 0xFFF0,
             instructions: 0,
             generation: 1,
+            translations: 1,
             block: null(),
             link_from: None,
             context: 0,
@@ -246,8 +250,21 @@ impl Cpu {
         unsafe { &*self.block }
     }
 
+    /// Takes note of decoded code that is no more, or that must be looked at again: links between
+    /// blocks are stale, and so are remembered jumps.
+    pub fn code_changed(&mut self) {
+        self.generation += 1;
+        self.translations += 1;
+    }
+
+    /// Takes note of a linear address that may be fetched from elsewhere. Links between blocks stay
+    /// good: they lead to other blocks of the same page. What calls this ends its block with no link.
+    pub fn translations_changed(&mut self) {
+        self.translations += 1;
+    }
+
     /// Takes note of a change to CPL, AC, CR0, CR4, EFER, XCR0 or a segment: recomputes everything
-    /// derived from them. Links between blocks become stale if decoding changes.
+    /// derived from them. No link leads from a block that can do such a thing.
     pub fn update_mode(&mut self) {
         self.cpl = if self.cr0().contains(Cr0::PE) {
             if self.flags.rest & flags::VM != 0 { 3 } else { self.segs[SS].attributes.dpl() }
@@ -255,12 +272,9 @@ impl Cpu {
             0
         };
         let mode = Mode::of(self);
-        if mode != self.mode {
-            self.mode = mode;
-            self.generation += 1;
-        }
+        self.mode = mode;
         let base = if mode.contains(Mode::LONG64) { 0 } else { self.segs[CS].base & 0xFFFF_FFFF };
-        self.context = base | u64::from(self.cpl == 3) << 32;
+        self.context = base | u64::from(self.cpl == 3) << 32 | u64::from(mode.bits()) << 33;
         for (base, seg) in self.seg_base.iter_mut().zip(&self.segs) {
             *base = seg.base;
         }

@@ -35,6 +35,8 @@ bitflags! {
         const LMA = 1 << 11;
         /// The block holds one instruction (single step, interrupt shadow).
         const STEP = 1 << 12;
+        /// No processor's: the block was dropped.
+        const GONE = 1 << 13;
     }
 }
 

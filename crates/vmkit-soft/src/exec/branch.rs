@@ -28,7 +28,7 @@ impl Cpu {
             return self.go_on(link.block);
         }
         if link.generation == ELSEWHERE {
-            let block = self.code.jump(self.rip, self.context, generation);
+            let block = self.code.jump(self.rip, self.context, self.translations);
             return self.go_on(block);
         }
         self.link_from = Some((self.block, which));
@@ -46,7 +46,7 @@ impl Cpu {
     #[inline(always)]
     fn follow_rip(&mut self) -> Next {
         self.instructions += u64::from(self.running().instructions);
-        let block = self.code.jump(self.rip, self.context, self.generation);
+        let block = self.code.jump(self.rip, self.context, self.translations);
         self.go_on(block)
     }
 

@@ -159,7 +159,7 @@ pub(crate) fn run_guest(bench: &mut Bench, insn: &[u8], regs: &Regs) -> Regs {
     code.extend([0x0F, 0x0B]);
     bench.load(0x8000, &code);
     bench.cpu.code.forget();
-    bench.cpu.generation += 1;
+    bench.cpu.code_changed();
     bench.cpu.trap = TrapKind::None;
     put(&mut bench.cpu, regs);
     bench.cpu.fp_enter();

@@ -48,7 +48,7 @@ impl Cpu {
     /// All cached translations are void, global ones too.
     pub(super) fn flush_all(&mut self) {
         self.tlb.flush(true);
-        self.generation += 1;
+        self.translations_changed();
     }
 
     fn pae_paging(&self) -> bool {
@@ -124,7 +124,7 @@ impl Cpu {
         // With PCIDs a guest may rely on translations of another PCID being gone only after it
         // said so; forgetting more is always allowed, but global ones stay.
         self.tlb.flush(false);
-        self.generation += 1;
+        self.translations_changed();
         true
     }
 
@@ -273,7 +273,7 @@ pub(super) fn invlpg(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Trap> {
     let base = cpu.seg_base.get(seg).copied().unwrap_or(0);
     let linear = cpu.wrap_linear(cpu.offset_of(insn).wrapping_add(base));
     cpu.tlb.flush_page(linear);
-    cpu.generation += 1;
+    cpu.translations_changed();
     Ok(())
 }
 
@@ -297,7 +297,7 @@ pub(super) fn invpcid(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Trap> {
         2 => cpu.tlb.flush(true),
         _ => cpu.tlb.flush(false),
     }
-    cpu.generation += 1;
+    cpu.translations_changed();
     Ok(())
 }
 

@@ -179,7 +179,7 @@ impl Cpu {
     /// Takes note of new breakpoints: accesses must take the slow path to be seen.
     pub(super) fn breakpoints_changed(&mut self) {
         self.tlb.flush(true);
-        self.generation += 1;
+        self.code_changed();
     }
 
     /// The debug register that MOV names, after the checks that come before its access.
