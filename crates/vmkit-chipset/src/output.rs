@@ -8,6 +8,7 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, Write};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -236,7 +237,7 @@ impl OutputProbe {
         lock(&self.figures).written
     }
 
-    /// Bytes the output refused.
+    /// Bytes the output refused, and those over which it or a watcher panicked.
     pub fn lost(&self) -> u64 {
         lock(&self.figures).lost
     }
@@ -275,20 +276,30 @@ impl State {
         if self.buffer.is_empty() {
             return;
         }
-        for watcher in &mut self.watchers {
-            watcher(&self.buffer);
-        }
-        let result = self.output.write(&self.buffer);
-        let len = self.buffer.len() as u64;
-        self.buffer.clear();
+        // Whoever takes the bytes next finds them gone, even if a callback panics: to show them again
+        // in the destructor that follows would be a second panic, which ends the process.
+        let mut bytes = std::mem::take(&mut self.buffer);
+        let len = bytes.len() as u64;
+        let shown = catch_unwind(AssertUnwindSafe(|| {
+            self.watchers.iter_mut().for_each(|watcher| watcher(&bytes));
+            self.output.write(&bytes)
+        }));
+        bytes.clear();
+        self.buffer = bytes;
         let mut figures = lock(&self.probe.figures);
-        match result {
-            Ok(()) => figures.written += len,
-            Err(error) => {
+        match shown {
+            Ok(Ok(())) => figures.written += len,
+            Ok(Err(error)) => {
                 figures.lost += len;
                 if !std::mem::replace(&mut self.complained, true) {
                     log::warn!("console output is lost: {error}");
                 }
+            }
+            // The panic's own message has been printed.
+            Err(panic) => {
+                figures.lost += len;
+                drop(figures);
+                resume_unwind(panic);
             }
         }
     }
@@ -349,7 +360,9 @@ impl Outlet {
         let thread = lock(&self.thread).take();
         let mut state = lock(&self.shared.state);
         state.stopping = true;
-        state.flush();
+        // An embedder's callback that panics here has said so itself, as it has in the thread. Its
+        // panic is no word about the machine that is paused or dropped, perhaps by another panic.
+        let _ = catch_unwind(AssertUnwindSafe(|| state.flush()));
         drop(state);
         self.shared.wake.notify_one();
         if let Some(thread) = thread {
@@ -470,6 +483,42 @@ mod tests {
         put_all(&outlet, b"ab\ncd\n");
         assert_eq!((probe.written(), probe.lost()), (0, 6));
         assert!(probe.first_byte().is_some());
+    }
+
+    #[test]
+    fn bytes_over_which_a_callback_panics_are_not_shown_again() {
+        struct Panics(Arc<Mutex<Vec<u8>>>);
+        impl Write for Panics {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                lock(&self.0).extend(bytes);
+                panic!("an embedder's bug");
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        for watched in [false, true] {
+            let mut callback = Panics(seen.clone());
+            let probe = OutputProbe::default();
+            let outlet = if watched {
+                let watcher: Watcher = Box::new(move |bytes| drop(callback.write(bytes)));
+                Outlet::new(SerialOutput::sink(), vec![watcher], probe.clone())
+            } else {
+                Outlet::new(SerialOutput::writer(callback), Vec::new(), probe.clone())
+            };
+            outlet.put(b'a');
+            let line = catch_unwind(AssertUnwindSafe(|| outlet.put(b'\n')));
+            assert!(line.is_err(), "who writes hears of it");
+            assert_eq!(std::mem::take(&mut *lock(&seen)), b"a\n");
+            assert_eq!(lock(&outlet.shared.state).buffer.capacity(), BUFFER);
+            outlet.put(b'b');
+            // Whoever pauses does not, and the destructor finds nothing.
+            outlet.pause();
+            drop(outlet);
+            assert_eq!(std::mem::take(&mut *lock(&seen)), b"b");
+            assert_eq!((probe.written(), probe.lost()), (0, 3));
+        }
     }
 
     #[test]
