@@ -117,6 +117,14 @@ impl Channel {
         self.changed.notify_all();
     }
 
+    /// Undoes [`State::take_room`]: the bytes could not be sent. Others may wait for the room.
+    pub(crate) fn keep_room(&self, count: usize) {
+        if let Some(room) = &mut self.lock().input {
+            *room += count as u32;
+        }
+        self.changed.notify_all();
+    }
+
     /// Waits for bytes of `stream` and takes them: none once there will be no more.
     pub(crate) fn read(
         &self,

@@ -70,7 +70,10 @@ impl End {
         }
         let count = self.channel.wait(self.limit, |state| state.take_room(most))?;
         if let Some(piece) = bytes.get(..count).filter(|piece| !piece.is_empty()) {
-            self.flow(Flow::Data(piece), None)?;
+            self.flow(Flow::Data(piece), None).inspect_err(|_| {
+                // The guest never had the bytes, and will not give the room back.
+                self.channel.keep_room(count);
+            })?;
         }
         Ok(count)
     }
@@ -498,5 +501,31 @@ mod tests {
         end.channel.receive(&ToHost::Flow(Stream::Output, Flow::Data(b"x"))).unwrap();
         assert_eq!(end.read(&mut into, soon()).unwrap(), 1);
         assert!(matches!(end.read(&mut into, soon()), Err(GuestError::TimedOut(_))));
+    }
+
+    #[test]
+    fn a_write_that_is_not_taken_in_time_costs_no_room() {
+        let channel = Channel::new(1, Purpose::Command(flags::INPUT));
+        channel.receive(&ToHost::Started(42)).unwrap();
+        let outgoing = Outgoing::default();
+        let piece = [7; MAX_PIECE];
+        let data = ToAgent::Flow(Stream::Input, Flow::Data(&piece));
+        while outgoing.send(2, &data, Duration::ZERO).is_ok() {}
+        let (channel, outgoing) = (Arc::new(channel), Arc::new(outgoing));
+        let end = End {
+            connection: None,
+            outgoing: outgoing.clone(),
+            channel,
+            stream: Stream::Input,
+            patience: Duration::ZERO,
+            limit: Some(Duration::ZERO),
+        };
+        // More often than there is room for.
+        for _ in 0..=WINDOW as usize / piece.len() {
+            assert!(matches!(end.write(&piece), Err(GuestError::TimedOut(_))));
+        }
+        assert!(outgoing.take(&mut Vec::new()));
+        assert_eq!(end.channel.lock().input, Some(WINDOW));
+        assert_eq!(end.write(&piece).unwrap(), piece.len());
     }
 }
