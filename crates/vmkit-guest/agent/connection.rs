@@ -1,7 +1,7 @@
 //! The loop of the program: wait until something is ready, then let the service have it.
 
 use crate::protocol::{HEADER, MAX_CHANNELS, MAX_PAYLOAD, split_frame};
-use crate::service::{Errno, Os, Service, Token, Violation, Want};
+use crate::service::{EAGAIN, EINTR, Errno, Os, Service, Token, Violation, Want};
 use crate::sys::{self, Environment, Fd, Linux, POLL_READ, POLL_WRITE, PollFd, SignalFd};
 
 /// Waits between two attempts to reach the host, in milliseconds: the first, and the longest.
@@ -10,9 +10,6 @@ const PATIENCE: (u32, u32) = (2, 200);
 const MOST_FILES: usize = 2 + 3 * MAX_CHANNELS;
 /// Bytes that came from the host and make no whole frame yet, and as many again to be read.
 const INBOX: usize = 2 * (HEADER + MAX_PAYLOAD);
-
-const EINTR: Errno = Errno(4);
-const EAGAIN: Errno = Errno(11);
 
 /// Serves one connection until it ends.
 pub(crate) fn serve_one(environment: Environment, fd: &Fd) -> Result<(), Errno> {
@@ -62,8 +59,7 @@ impl Program {
         self.service.greet();
         let mut heard = false;
         while self.digest().is_ok() {
-            self.service.settle();
-            if !self.send(fd) {
+            if !self.service.speak(|bytes| sys::send(fd, bytes)) {
                 break;
             }
             // What had to wait for room goes first.
@@ -97,18 +93,6 @@ impl Program {
         self.inbox.copy_within(used..self.filled, 0);
         self.filled -= used;
         Ok(())
-    }
-
-    /// Sends what there is room for. False if the connection has ended.
-    fn send(&mut self, fd: &Fd) -> bool {
-        while !self.service.output().is_empty() {
-            match sys::send(fd, self.service.output()) {
-                Ok(count) => self.service.sent(count),
-                Err(EINTR) => {}
-                Err(error) => return error == EAGAIN,
-            }
-        }
-        true
     }
 
     /// Waits for something and handles it. Returns how many bytes came from the host.

@@ -15,7 +15,7 @@ use crate::protocol::{
     Exec, Exit, Failure, MAX_CHANNELS, MAX_PIECE, Size, Step, Stream, ToAgent, ToHost, WINDOW,
     split_frame,
 };
-use crate::service::{Errno, Opened, Os, Service, Spawned, Token};
+use crate::service::{EAGAIN, Errno, Opened, Os, Service, Spawned, Token};
 
 /// What a host does while its guest says anything.
 #[derive(Clone, Debug, Arbitrary)]
@@ -182,7 +182,7 @@ impl Mock {
     /// The next outcome of a call that could move at most `most` bytes.
     fn next(&self, most: usize) -> Result<usize, Errno> {
         match self.0.borrow_mut().script.pop_front() {
-            None => Err(Errno(11)),
+            None => Err(EAGAIN),
             Some(Ok(count)) => Ok(usize::from(count).min(most)),
             Some(Err(error)) => Err(Errno(u16::from(error).max(1))),
         }
@@ -309,7 +309,7 @@ pub fn hostile_host(acts: &[AgentAct]) {
             Some(rest) => heard = rest.to_vec(),
             None => lost = true,
         }
-        service.settle();
+        service.speak(|_| Err(EAGAIN));
         if std::mem::take(&mut lost) {
             service.hang_up();
             assert_eq!(world.borrow().files, 0, "files are left open");
@@ -323,7 +323,7 @@ pub fn hostile_host(acts: &[AgentAct]) {
     service.hang_up();
     let processes: Vec<u32> = service.processes().collect();
     processes.into_iter().for_each(|process| service.reaped(process, Exit::Signal(9)));
-    service.settle();
+    service.speak(|_| Err(EAGAIN));
     assert_eq!(world.borrow().buffers, 1, "channels are left open");
 }
 
@@ -357,5 +357,71 @@ pub fn frames(mut bytes: &[u8]) {
             assert!(same, "{frame:?}");
         }
         bytes = rest;
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use crate::protocol::VERSION;
+
+    fn tell(service: &mut Service<Mock>, channel: u32, message: &ToAgent<'_>) {
+        let mut bytes = [0; 64];
+        let len = message.encode(channel, &mut bytes).unwrap();
+        assert_eq!(hear(service, &bytes[..len]), Some(&[][..]));
+    }
+
+    /// What the agent says to a host that takes all of it.
+    fn speak(service: &mut Service<Mock>) -> Vec<u8> {
+        let mut said = Vec::new();
+        assert!(service.speak(|bytes| {
+            said.extend(bytes);
+            Ok(bytes.len())
+        }));
+        said
+    }
+
+    #[test]
+    fn what_there_was_no_room_to_say_is_said_once_there_is() {
+        let world = Rc::new(RefCell::new(World::default()));
+        let mut service = Service::new(Mock(world.clone())).unwrap();
+        service.greet();
+        tell(&mut service, 0, &ToAgent::Hello(VERSION));
+        // A command without streams, which runs.
+        world.borrow_mut().script.extend([Ok(1), Ok(0)]);
+        let exec = Exec {
+            flags: 0,
+            size: Size::default(),
+            arguments: 1,
+            environment: 0,
+            strings: b"/\0a\0",
+        };
+        tell(&mut service, 1, &ToAgent::Exec(exec));
+        let mut tokens = Vec::new();
+        service.interests(|token, _, _| tokens.push(token));
+        service.ready(tokens[0]);
+        speak(&mut service);
+
+        // The host takes nothing until there is room for no more answers. The command ends.
+        while service.may_receive() {
+            world.borrow_mut().script.push_back(Err(2));
+            tell(&mut service, 2, &ToAgent::Read(b"/x\0"));
+        }
+        service.reaped(1, Exit::Code(3));
+        assert!(service.speak(|_| Err(EAGAIN)));
+
+        // The host takes all at once, and hears of the end without another event.
+        let said = speak(&mut service);
+        let mut rest = &said[..];
+        let mut ends = Vec::new();
+        while let Some((frame, behind)) = split_frame(rest) {
+            if frame.channel == 1 {
+                ends.push(ToHost::parse(&frame).unwrap());
+            }
+            rest = behind;
+        }
+        assert_eq!(ends, [ToHost::Exited(Exit::Code(3))]);
+        assert!(service.output().is_empty());
     }
 }

@@ -19,7 +19,7 @@ use crate::protocol::{
 };
 
 pub(crate) use self::channel::{End, Want};
-pub(crate) use self::os::{Errno, Opened, Os, Spawned};
+pub(crate) use self::os::{EAGAIN, EINTR, Errno, Opened, Os, Spawned};
 
 /// The host broke the protocol; the connection must end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,7 +168,7 @@ impl<O: Os> Service<O> {
             return Err(Violation);
         }
         let Some(place) = self.channels.iter_mut().find(|slot| slot.is_none()) else {
-            let failure = Failure { step: Step::Channel, errno: os::EAGAIN.0 };
+            let failure = Failure { step: Step::Channel, errno: EAGAIN.0 };
             self.outbox.push(id, &ToHost::Failed(failure));
             return Ok(());
         };
@@ -215,9 +215,31 @@ impl<O: Os> Service<O> {
         }
     }
 
+    /// Says what is owed to the host and sends as much as `send` takes. False if the connection has
+    /// ended. To be called after each round of the above: what is left unsent afterwards is in the
+    /// [`output`](Self::output), and nothing is left unsaid if that is empty.
+    pub(crate) fn speak(&mut self, mut send: impl FnMut(&[u8]) -> Result<usize, Errno>) -> bool {
+        loop {
+            self.settle();
+            // Something may have stayed unsaid, and no event would tell that there is room for it.
+            let full = !self.may_receive();
+            while !self.output().is_empty() {
+                match send(self.output()) {
+                    Ok(count) => self.sent(count),
+                    Err(EINTR) => {}
+                    Err(EAGAIN) => break,
+                    Err(_) => return false,
+                }
+            }
+            if !(full && self.may_receive()) {
+                return true;
+            }
+        }
+    }
+
     /// Says what is owed to the host as far as there is room, and forgets the channels that are
-    /// through. To be called after each round of the above.
-    pub(crate) fn settle(&mut self) {
+    /// through.
+    fn settle(&mut self) {
         self.turn = (self.turn + 1) % MAX_CHANNELS;
         for slot in &mut self.channels {
             let done = slot.as_mut().is_some_and(|channel| channel.settle(&mut self.outbox));
