@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use vmkit::device::{
     Announcement, Device, DeviceBuilder, DeviceError, IoFlow, IoNeed, Needs, Resources, Saved,
@@ -10,7 +11,7 @@ use vmkit::device::{
 };
 use vmkit::{Backend, Capture, End, Serial, Vm, VmError};
 use vmkit_tests::guests::{self, halt, long_mode, out8, out16, real_mode, spin};
-use vmkit_tests::{backends, bare, end_of};
+use vmkit_tests::{PATIENCE, backends, bare, end_of};
 
 #[test]
 fn the_debug_port_gives_an_exit_code() {
@@ -137,8 +138,11 @@ fn a_port_nobody_answers_reads_as_ones() {
     }
 }
 
-/// A device that panics when it is written.
-struct Mine;
+/// A device that panics when it is written, and starts only once.
+#[derive(Default)]
+struct Mine {
+    started: AtomicBool,
+}
 
 impl DeviceBuilder for Mine {
     fn name(&self) -> String {
@@ -164,6 +168,10 @@ impl Device for Mine {
         panic!("written with {}", data[0]);
     }
     fn start(&self) -> Result<(), DeviceError> {
+        if self.started.swap(true, Ordering::SeqCst) {
+            let source = std::io::ErrorKind::WouldBlock.into();
+            return Err(DeviceError::Host { device: "mine".into(), what: "again".into(), source });
+        }
         Ok(())
     }
     fn pause(&self) {}
@@ -183,11 +191,31 @@ fn a_panic_in_a_device_is_an_error_and_not_a_hang() {
             out8(code, 0x99, 5);
             spin(code);
         });
-        let error = bare(backend, guest).device(Mine).build().unwrap().run().unwrap_err();
+        let error =
+            bare(backend, guest).device(Mine::default()).build().unwrap().run().unwrap_err();
         assert!(
             matches!(&error, VmError::VcpuPanicked { vcpu: 0, message } if message == "written with 5"),
             "{backend}: {error}"
         );
+    }
+}
+
+#[test]
+fn a_device_that_cannot_restart_ends_the_machine_with_an_error() {
+    for backend in backends() {
+        for dropped in [false, true] {
+            let vm = bare(backend, long_mode(spin)).vcpus(2).device(Mine::default());
+            let vm = vm.build().unwrap().start().unwrap();
+            let paused = vm.pause();
+            if dropped {
+                drop(paused);
+            } else {
+                let error = paused.resume().unwrap_err();
+                assert!(matches!(error, VmError::Restart(_)), "{backend}: {error}");
+            }
+            let error = vm.wait_timeout(PATIENCE).unwrap_err();
+            assert_eq!(error.to_string(), "after a pause: mine: again: operation would block");
+        }
     }
 }
 
@@ -203,7 +231,7 @@ fn impossible_machines_are_named_errors() {
     ));
     assert!(matches!(builder().boot(guest()).memory(4095).build(), Err(VmError::Memory(_))));
     assert!(matches!(
-        builder().boot(guest()).device(Mine).device(Mine).build(),
+        builder().boot(guest()).device(Mine::default()).device(Mine::default()).build(),
         Err(VmError::DuplicateDevice(name)) if name == "mine"
     ));
     assert!(matches!(

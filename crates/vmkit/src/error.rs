@@ -35,9 +35,12 @@ pub enum VmError {
     /// The guest could not be loaded.
     #[error(transparent)]
     Boot(#[from] BootError),
-    /// A device could not be built, started or restarted.
+    /// A device could not be built or started.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// A device could not restart after a pause, which ended the machine.
+    #[error("after a pause: {0}")]
+    Restart(Arc<DeviceError>),
     /// A device needs ports, memory or an interrupt that another one has.
     #[error(transparent)]
     Resources(#[from] ResourceError),
@@ -83,6 +86,7 @@ pub(crate) enum RunFailure {
     Backend { vcpu: u32, source: Arc<HypervisorError> },
     Panicked { vcpu: u32, message: String },
     Thread { vcpu: u32, kind: io::ErrorKind },
+    Restart(Arc<DeviceError>),
 }
 
 impl From<RunFailure> for VmError {
@@ -91,6 +95,7 @@ impl From<RunFailure> for VmError {
             RunFailure::Backend { vcpu, source } => Self::Vcpu { vcpu, source },
             RunFailure::Panicked { vcpu, message } => Self::VcpuPanicked { vcpu, message },
             RunFailure::Thread { vcpu, kind } => Self::Thread { vcpu, source: kind.into() },
+            RunFailure::Restart(source) => Self::Restart(source),
         }
     }
 }

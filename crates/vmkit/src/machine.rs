@@ -150,18 +150,22 @@ impl Machine {
         self.stop_devices(&mut threads);
     }
 
-    /// Undoes one [`pause`](Self::pause).
-    pub(crate) fn resume(&self) -> Result<(), DeviceError> {
+    /// Undoes one [`pause`](Self::pause). Ends the machine if a device cannot restart: a device is
+    /// not accessed while it does not run, and the guest would wait for it without a word.
+    pub(crate) fn resume(&self) -> Result<(), VmError> {
         let mut threads = self.threads();
         threads.pauses = threads.pauses.saturating_sub(1);
         let started = if threads.pauses == 0 && self.control.outcome().is_none() {
-            self.start_devices(&mut threads)
+            self.start_devices(&mut threads).map_err(|error| RunFailure::Restart(Arc::new(error)))
         } else {
             Ok(())
         };
         drop(threads);
+        if let Err(failure) = &started {
+            self.control.finish(Err(failure.clone()));
+        }
         self.control.resume();
-        started
+        Ok(started?)
     }
 
     pub(crate) fn stats(&self) -> Vec<VcpuStats> {

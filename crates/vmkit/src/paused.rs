@@ -8,7 +8,8 @@ use crate::VmError;
 use crate::machine::Machine;
 use crate::vcpu_thread::Slot;
 
-/// A guard that keeps a machine paused. Dropping it lets the machine go on.
+/// A guard that keeps a machine paused. Dropping it lets the machine go on, as
+/// [`resume`](Self::resume) does.
 #[must_use = "the machine goes on when the guard is dropped"]
 pub struct Paused<'a> {
     machine: &'a Machine,
@@ -24,10 +25,11 @@ impl<'a> Paused<'a> {
     /// Lets the machine go on.
     ///
     /// # Errors
-    /// [`VmError::Device`] if a device cannot restart. The machine goes on without it.
+    /// [`VmError::Restart`] if a device cannot restart, which ends the machine:
+    /// [`RunningVm::wait`](crate::RunningVm::wait) says the same.
     pub fn resume(mut self) -> Result<(), VmError> {
         self.resumed = true;
-        Ok(self.machine.resume()?)
+        self.machine.resume()
     }
 
     fn slot(&self, vcpu: u32) -> Result<&'a Slot, VmError> {
@@ -100,7 +102,8 @@ impl Drop for Paused<'_> {
         if !self.resumed
             && let Err(error) = self.machine.resume()
         {
-            log::error!("after a pause: {error}");
+            // Whoever waits for the machine is told so too.
+            log::error!("{error}");
         }
     }
 }

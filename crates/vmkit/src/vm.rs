@@ -115,7 +115,8 @@ impl RunningVm {
     /// Later calls answer the same at once.
     ///
     /// # Errors
-    /// [`VmError::Vcpu`] if the backend failed, [`VmError::VcpuPanicked`] if a device or vmkit did.
+    /// [`VmError::Vcpu`] if the backend failed, [`VmError::VcpuPanicked`] if a device or vmkit did,
+    /// [`VmError::Restart`] if a device could not restart after a pause.
     pub fn wait(&self) -> Result<End, VmError> {
         self.machine.settle();
         self.machine.control.wait_end(None).unwrap_or(Ok(End::Stopped))
