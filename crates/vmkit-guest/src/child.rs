@@ -1,9 +1,11 @@
 //! A command that runs in the guest, and its streams.
 
+use std::convert::Infallible;
 use std::io::{self, Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{ExitStatus, Output};
 use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -331,8 +333,11 @@ impl Child {
             self.give_up();
             return ended;
         }
-        for (_, forward) in self.forwards.drain(..) {
-            forward.join();
+        // Whoever reads from the host's end may take longer than the command.
+        let mut forwards = std::mem::take(&mut self.forwards).into_iter();
+        if !forwards.all(|(_, forward)| forward.join(deadline)) {
+            self.give_up();
+            return Err(GuestError::TimedOut(limit.unwrap_or(Duration::MAX)));
         }
         ended
     }
@@ -454,24 +459,44 @@ fn forward(from: &mut dyn Read, to: &mut dyn Write) -> io::Result<()> {
 }
 
 /// A thread that carries bytes.
-struct Forward(JoinHandle<()>);
+struct Forward {
+    thread: JoinHandle<()>,
+    /// Disconnected once the thread has done its work.
+    done: Receiver<Infallible>,
+}
 
 impl Forward {
     fn start(name: &str, work: impl FnOnce() + Send + 'static) -> Result<Self, GuestError> {
-        Ok(Self(std::thread::Builder::new().name(name.into()).spawn(work)?))
+        let (working, done) = mpsc::channel();
+        let thread = std::thread::Builder::new().name(name.into()).spawn(move || {
+            let _working = working;
+            work();
+        })?;
+        Ok(Self { thread, done })
     }
 
-    fn join(self) {
+    /// Waits for the end of its work. False if it has not come at `deadline`; the thread is then left
+    /// to itself.
+    fn join(self, deadline: Option<Instant>) -> bool {
+        if let Some(left) = left(deadline)
+            && self.done.recv_timeout(left) == Err(RecvTimeoutError::Timeout)
+        {
+            return false;
+        }
         // It has nothing to say.
-        let _ = self.0.join();
+        let _ = self.thread.join();
+        true
     }
 }
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "tests")]
 mod tests {
+    use std::os::unix::net::UnixStream;
+
     use super::*;
     use crate::channel::Purpose;
+    use crate::hello::Dialler;
     use crate::protocol::{ToHost, WINDOW};
 
     #[test]
@@ -501,6 +526,23 @@ mod tests {
         end.channel.receive(&ToHost::Flow(Stream::Output, Flow::Data(b"x"))).unwrap();
         assert_eq!(end.read(&mut into, soon()).unwrap(), 1);
         assert!(matches!(end.read(&mut into, soon()), Err(GuestError::TimedOut(_))));
+    }
+
+    #[test]
+    fn a_host_that_takes_nothing_does_not_make_a_command_outlast_its_limit() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let connection = Arc::new(Connection::new(Dialler::new(ours)).unwrap());
+        let channel = Channel::new(1, Purpose::Command(0));
+        channel.receive(&ToHost::Started(42)).unwrap();
+        channel.receive(&ToHost::Exited(Exit::Code(0))).unwrap();
+        let mut child = Child::new(connection, Arc::new(channel), "x".into(), 0, Duration::ZERO);
+        let (full, blocked) = mpsc::channel::<()>();
+        // Only a test that fails waits so long.
+        let write = move || blocked.recv_timeout(Duration::from_secs(20)).unwrap_or_default();
+        child.forwards.push((Stream::Output, Forward::start("guest-stdout", write).unwrap()));
+        let outcome = child.finish(Some(Duration::from_millis(20)));
+        assert!(matches!(outcome, Err(GuestError::TimedOut(_))), "{outcome:?}");
+        drop(full);
     }
 
     #[test]

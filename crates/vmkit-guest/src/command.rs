@@ -151,7 +151,8 @@ impl Command {
     }
 
     /// How long the command may run in [`output`](Self::output) and [`status`](Self::status), which
-    /// then kill it and fail with [`GuestError::TimedOut`]. For ever if not said.
+    /// then kill it and fail with [`GuestError::TimedOut`]. For ever if not said. That the host's own
+    /// output takes what is [inherited](Stdio::Inherit) is part of it.
     pub fn timeout(&mut self, limit: Duration) -> &mut Self {
         self.limit = Some(limit);
         self
