@@ -3,8 +3,9 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::{self, IsTerminal, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::thread::JoinHandle;
@@ -99,12 +100,36 @@ pub(super) enum Source {
 
 impl Source {
     fn open(&self) -> io::Result<File> {
-        let fd = match self {
-            Self::Stdin => io::stdin().as_fd().try_clone_to_owned(),
-            Self::Fd(fd) => fd.try_clone(),
-        };
-        fd.map(File::from)
+        match self {
+            Self::Stdin => open_again(io::stdin().as_fd()),
+            Self::Fd(fd) => open_again(fd.as_fd()),
+        }
     }
+}
+
+/// Opens what `fd` reads so that a read never waits, where that can be done: another reader may take
+/// the bytes that made it readable, and the thread would wait in the read, out of reach of its end.
+///
+/// The descriptor's own flags are shared with whoever else has it, so pipes and terminals are opened
+/// anew. Of others the descriptor is cloned: to open them anew would begin at a file's start,
+/// make another terminal of a terminal's master, and is refused for sockets.
+fn open_again(fd: BorrowedFd<'_>) -> io::Result<File> {
+    let file = File::from(fd.try_clone_to_owned()?);
+    let kind = file.metadata()?;
+    if !kind.file_type().is_fifo() && (!file.is_terminal() || is_master(kind.rdev())) {
+        return Ok(file);
+    }
+    let again = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+        .open(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    // Refused without `/proc`, or if the terminal is another user's.
+    Ok(again.unwrap_or(file))
+}
+
+/// True for the master's side of pseudo-terminals, by its device number (Linux's `devices.txt`).
+fn is_master(device: u64) -> bool {
+    libc::major(device) == 2 || device == libc::makedev(5, 2)
 }
 
 /// Reads a descriptor into a [`SerialInput`] while the machine runs. End of file and errors end it
@@ -305,6 +330,47 @@ mod tests {
             assert!(begin.elapsed() < Duration::from_secs(2));
             assert!(lock(&pump.running).is_none());
         }
+    }
+
+    /// Whether reads of `fd` never wait, as Linux tells it.
+    fn never_waits(fd: &impl AsRawFd) -> bool {
+        let info = format!("/proc/self/fdinfo/{}", fd.as_raw_fd());
+        let info = std::fs::read_to_string(info).unwrap();
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
+        i32::from_str_radix(flags.trim(), 8).unwrap() & libc::O_NONBLOCK != 0
+    }
+
+    #[test]
+    fn a_pump_does_not_wait_for_bytes_that_another_reader_took() {
+        let (reader, mut writer) = io::pipe().unwrap();
+        let mut opened = open_again(reader.as_fd()).unwrap();
+        assert!(never_waits(&opened) && !never_waits(&reader), "the embedder's flags stay");
+        writer.write_all(b"ab").unwrap();
+        let mut bytes = [0; 2];
+        (&reader).read_exact(&mut bytes).unwrap();
+        assert!(is_passing(&opened.read(&mut bytes).unwrap_err()));
+        writer.write_all(b"c").unwrap();
+        drop(writer);
+        assert_eq!(opened.read(&mut bytes).unwrap(), 1);
+        assert_eq!(opened.read(&mut bytes).unwrap(), 0, "the end of file is still told");
+    }
+
+    #[test]
+    fn what_cannot_be_opened_anew_is_cloned() {
+        let (socket, mut peer) = std::os::unix::net::UnixStream::pair().unwrap();
+        peer.write_all(b"x").unwrap();
+        assert_eq!(open_again(socket.as_fd()).unwrap().read(&mut [0; 2]).unwrap(), 1);
+        // Another open of the master would be another terminal.
+        let master = File::options().read(true).write(true).open("/dev/ptmx").unwrap();
+        assert!(!never_waits(&open_again(master.as_fd()).unwrap()));
+        let mut file = File::open(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")).unwrap();
+        let len = file.metadata().unwrap().len() as usize;
+        file.read_exact(&mut vec![0; len]).unwrap();
+        assert_eq!(
+            open_again(file.as_fd()).unwrap().read(&mut [0]).unwrap(),
+            0,
+            "its place is kept"
+        );
     }
 
     #[test]
