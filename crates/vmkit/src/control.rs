@@ -2,6 +2,7 @@
 //!
 //! This module knows nothing of processors beyond how to kick them, and calls no device.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -33,7 +34,13 @@ pub(crate) struct Control {
     changed: Condvar,
     kicks: OnceLock<Vec<Kick>>,
     at_end: OnceLock<AtEnd>,
+    /// Counts how often all votes for dead became void. Changed under the lock.
+    epoch: AtomicU64,
 }
+
+/// A moment before a vCPU was looked at, from which its vote for dead is valid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Epoch(u64);
 
 #[derive(Default)]
 struct State {
@@ -46,6 +53,21 @@ struct State {
     parked: usize,
     /// Which vCPUs have said that they can never run again, and have executed nothing since.
     dead: Vec<bool>,
+}
+
+/// What a vote for dead came to.
+enum Vote {
+    Void,
+    Counted,
+    /// Now all have voted.
+    Last,
+}
+
+impl State {
+    /// True while votes for dead count.
+    fn may_halt(&self) -> bool {
+        self.outcome.is_none() && self.pauses == 0
+    }
 }
 
 impl Control {
@@ -136,41 +158,76 @@ impl Control {
     pub(crate) fn resume(&self) {
         let mut state = self.lock();
         state.pauses = state.pauses.saturating_sub(1);
+        // Whoever paused the machine may have changed it, and nobody voted meanwhile.
+        self.void_votes(&mut state);
         drop(state);
         self.changed.notify_all();
     }
 
-    /// vCPU `index` can never run again by itself: it halted with interrupts off. `executed` says
-    /// whether it executed anything since it last said so. Ends the machine if all vCPUs are of
-    /// that kind; otherwise waits a little, so that the caller may look for an NMI.
-    ///
-    /// Any vCPU that executed something may have woken another one, so its word makes all others
-    /// speak again. Only a round in which nobody executed anything counts.
-    pub(crate) fn dead(&self, index: usize, executed: bool) {
-        let mut state = self.lock();
-        if state.outcome.is_some() || state.pauses > 0 {
-            return;
-        }
-        if executed {
-            state.dead.fill(false);
+    /// To be read before a vCPU is run and looked at. Takes no lock.
+    pub(crate) fn epoch(&self) -> Epoch {
+        Epoch(self.epoch.load(Ordering::SeqCst))
+    }
+
+    /// Some vCPU executed something and may have woken others.
+    fn void_votes(&self, state: &mut State) {
+        state.dead.fill(false);
+        self.epoch.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// Takes the vote of vCPU `index`. One from before the last execution says nothing: another vCPU
+    /// may have woken this one after it had been looked at, and died.
+    fn vote(&self, state: &mut State, index: usize, since: Epoch) -> Vote {
+        if since != self.epoch() {
+            return Vote::Void;
         }
         if let Some(vote) = state.dead.get_mut(index) {
             *vote = true;
         }
-        if state.dead.iter().all(|&dead| dead) {
-            drop(state);
-            self.finish(Ok(End::Halted));
+        if state.dead.iter().all(|&dead| dead) { Vote::Last } else { Vote::Counted }
+    }
+
+    /// Acts on a vote: it may have been the last one, or the vCPU has to be looked at again.
+    fn act(&self, vote: Vote, index: usize) {
+        match vote {
+            Vote::Last => self.finish(Ok(End::Halted)),
+            Vote::Counted => {}
+            // Sticky: the next run ends at once.
+            Vote::Void => {
+                self.kicks.get().and_then(|k| k.get(index)).into_iter().for_each(Kick::kick);
+            }
+        }
+    }
+
+    /// vCPU `index` can never run again by itself: it was found halted with interrupts off, after
+    /// `since`. `executed` says whether it executed anything since it last said so. Ends the machine
+    /// if all vCPUs are of that kind; otherwise waits a little, so that the caller may look for an NMI.
+    ///
+    /// Any vCPU that executed something may have woken another one, so its word makes all others
+    /// speak again. Only a round in which nobody executed anything counts.
+    pub(crate) fn dead(&self, index: usize, executed: bool, mut since: Epoch) {
+        let mut state = self.lock();
+        if !state.may_halt() {
             return;
         }
         if executed {
-            drop(state);
-            self.kick_all();
-            state = self.lock();
-            if state.outcome.is_some() || state.pauses > 0 {
-                return;
+            // Its own vote stays as valid as it was.
+            let valid = since == self.epoch();
+            self.void_votes(&mut state);
+            if valid {
+                since = self.epoch();
             }
         }
-        drop(self.changed.wait_timeout(state, DEAD_POLL));
+        let vote = self.vote(&mut state, index, since);
+        drop(state);
+        self.act(vote, index);
+        if executed {
+            self.kick_all();
+        }
+        let state = self.lock();
+        if state.may_halt() {
+            drop(self.changed.wait_timeout(state, DEAD_POLL));
+        }
     }
 
     /// True while some vCPU says that it is dead, so that one that waits for a start-up IPI should
@@ -197,15 +254,14 @@ impl Control {
         }
     }
 
-    /// vCPU `index` waits for a start-up IPI. Like [`dead`](Self::dead), but does not wait.
-    pub(crate) fn never_started(&self, index: usize) {
+    /// vCPU `index` was found waiting for a start-up IPI, after `since`. Like [`dead`](Self::dead),
+    /// but does not wait.
+    pub(crate) fn never_started(&self, index: usize, since: Epoch) {
         let mut state = self.lock();
-        if let Some(vote) = state.dead.get_mut(index) {
-            *vote = true;
-        }
-        if state.outcome.is_none() && state.pauses == 0 && state.dead.iter().all(|&dead| dead) {
+        if state.may_halt() {
+            let vote = self.vote(&mut state, index, since);
             drop(state);
-            self.finish(Ok(End::Halted));
+            self.act(vote, index);
         }
     }
 
@@ -317,13 +373,13 @@ mod tests {
     #[test]
     fn one_dead_vcpu_of_two_does_not_end_the_machine() {
         let control = control(2);
-        control.dead(0, true);
-        control.dead(0, false);
+        control.dead(0, true, control.epoch());
+        control.dead(0, false, control.epoch());
         assert!(control.outcome().is_none());
         // The second one lived until now and may have woken the first.
-        control.dead(1, true);
+        control.dead(1, true, control.epoch());
         assert!(control.outcome().is_none());
-        control.dead(0, false);
+        control.dead(0, false, control.epoch());
         assert_eq!(control.outcome().unwrap().unwrap(), End::Halted);
     }
 
@@ -331,9 +387,54 @@ mod tests {
     fn a_vcpu_that_never_started_cannot_help() {
         let control = control(2);
         assert!(!control.counts_the_dead());
-        control.dead(0, true);
+        control.dead(0, true, control.epoch());
         assert!(control.counts_the_dead());
-        control.never_started(1);
+        control.never_started(1, control.epoch());
+        assert_eq!(control.outcome().unwrap().unwrap(), End::Halted);
+    }
+
+    #[derive(Default)]
+    struct Kicked(AtomicU64);
+    impl vmkit_hypervisor::Kickable for Kicked {
+        fn kick(&self) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    #[test]
+    fn a_vcpu_that_was_woken_after_it_had_been_looked_at_is_looked_at_again() {
+        for started in [true, false] {
+            let control = Control::default();
+            let kicked = Arc::new(Kicked::default());
+            control.set_kicks(vec![Kick::new(kicked.clone()), Kick::new(Arc::<Kicked>::default())]);
+            let vote = |since| match started {
+                true => control.dead(0, false, since),
+                false => control.never_started(0, since),
+            };
+            let looked = control.epoch();
+            // The other one wakes it, dies, and comes to say so first.
+            control.dead(1, true, control.epoch());
+            let kicks = kicked.0.load(Ordering::SeqCst);
+            vote(looked);
+            assert!(control.outcome().is_none());
+            assert_eq!(kicked.0.load(Ordering::SeqCst), kicks + 1);
+            vote(control.epoch());
+            assert_eq!(control.outcome().unwrap().unwrap(), End::Halted);
+        }
+    }
+
+    #[test]
+    fn a_pause_makes_all_vcpus_speak_again() {
+        let control = control(2);
+        control.dead(0, true, control.epoch());
+        let looked = control.epoch();
+        control.pause();
+        // It may have woken the first one just before, and is not heard.
+        control.dead(1, true, looked);
+        control.resume();
+        control.dead(1, false, control.epoch());
+        assert!(control.outcome().is_none());
+        control.dead(0, false, control.epoch());
         assert_eq!(control.outcome().unwrap().unwrap(), End::Halted);
     }
 

@@ -8,7 +8,7 @@ use vmkit_hypervisor::x86::MpState;
 use vmkit_hypervisor::{StateSet, Vcpu, VcpuState, VmExit};
 
 use crate::End;
-use crate::control::{Control, Gate, Outcome};
+use crate::control::{Control, Epoch, Gate, Outcome};
 use crate::error::RunFailure;
 use crate::io::{BusIo, Counters};
 use crate::machine::Machine;
@@ -72,12 +72,13 @@ impl Runner<'_> {
     }
 
     /// Says that this vCPU can never run again by itself.
-    fn dead(&mut self, place: u64) {
+    fn dead(&mut self, place: u64, since: Epoch) {
         let executed = self.said_dead_at.replace(place) != Some(place);
-        self.control.dead(self.index, executed);
+        self.control.dead(self.index, executed, since);
     }
 
     fn run_once(&mut self, io: &mut BusIo) -> Option<Outcome> {
+        let since = self.control.epoch();
         let mut vcpu = self.slot.lock();
         let exit = vcpu.run(io);
         let instructions = vcpu.instructions();
@@ -99,15 +100,15 @@ impl Runner<'_> {
             VmExit::Stopped => None,
             VmExit::HaltedForGood => {
                 drop(vcpu);
-                self.dead(instructions.unwrap_or(0));
+                self.dead(instructions.unwrap_or(0), since);
                 None
             }
             VmExit::Kicked => {
                 if let Some(rip) = halted_for_good(&mut **vcpu) {
                     drop(vcpu);
-                    self.dead(instructions.unwrap_or(rip));
+                    self.dead(instructions.unwrap_or(rip), since);
                 } else if self.control.counts_the_dead() && waits_for_sipi(&mut **vcpu) {
-                    self.control.never_started(self.index);
+                    self.control.never_started(self.index, since);
                 }
                 None
             }
