@@ -56,8 +56,13 @@ pub fn kernel(flavour: Flavour) -> Result<PathBuf, Failure> {
     if let Some(found) = installed {
         return Ok(found);
     }
-    let package = Apt::new()?.dependency(flavour.package()).map_err(|e| explain(&e))?;
-    fetch_kernel(&package, &home)
+    let newest = || Apt::new()?.dependency(flavour.package()).map_err(|e| explain(&e));
+    let package = newest()?;
+    fetch_kernel(&package, &home).or_else(|failure| match newest() {
+        // apt's lists were old when they named that one, and are fresh now.
+        Ok(newer) if newer != package => fetch_kernel(&newer, &home),
+        _ => Err(failure),
+    })
 }
 
 /// Modules that a fetched kernel keeps, with what they depend on: virtio's transports and drivers,

@@ -286,6 +286,11 @@ impl Passt {
             .map_err(Failure::host("passt (Debian: apt-get install passt)"))?;
         Ok((Self(child), ours))
     }
+
+    /// True once it has ended, which it does by itself where the host does not let it work.
+    pub fn has_ended(&mut self) -> bool {
+        !matches!(self.0.try_wait(), Ok(None))
+    }
 }
 
 impl Drop for Passt {

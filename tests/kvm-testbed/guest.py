@@ -161,7 +161,15 @@ def prepare():
     debs = os.path.join(CACHE, "debs")
     os.makedirs(debs, exist_ok=True)
     package = kernel_package()
-    tree = unpack(fetch(package, debs), os.path.join(CACHE, package))
+    try:
+        deb = fetch(package, debs)
+    except Broken:
+        # apt's lists were old when they named it, and are fresh now.
+        renewed = kernel_package()
+        if renewed == package:
+            raise
+        package, deb = renewed, fetch(renewed, debs)
+    tree = unpack(deb, os.path.join(CACHE, package))
     kernels = glob.glob(os.path.join(tree, "boot", "vmlinuz-*"))
     busybox = unpack(fetch("busybox-static", debs), os.path.join(CACHE, "busybox-static"))
     busyboxes = glob.glob(os.path.join(busybox, "**", "bin", "busybox"), recursive=True)

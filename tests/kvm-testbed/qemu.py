@@ -25,7 +25,7 @@ class Options:
     memory = 2048
     # Seconds for all of it, until the command starts, and without output from it.
     timeout = 240
-    boot_timeout = 90
+    boot_timeout = 240
     idle_timeout = None
     icount = False
 

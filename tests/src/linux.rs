@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vmkit::boot::Linux;
 use vmkit::{Backend, Capture, End, Readiness, RunningVm, Serial, VmBuilder};
@@ -130,6 +130,20 @@ impl Guest {
     pub fn wait_for(&self, text: &str) {
         let said = self.text.wait_for(text, BOOT_PATIENCE);
         assert!(said, "no {text:?} on the console:\n{}", self.text.text());
+    }
+
+    /// Waits for what `look` finds, as long as the guest runs: `what` is to come of it.
+    pub fn wait_until<T>(&self, what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+        let began = Instant::now();
+        loop {
+            // One more look after the end: it may have come just before.
+            let end = self.vm.wait_timeout(Duration::from_millis(10)).unwrap();
+            if let Some(found) = look() {
+                return found;
+            }
+            let waits = end.is_none() && began.elapsed() < BOOT_PATIENCE;
+            assert!(waits, "{what}: {end:?}, the console:\n{}", self.text.text());
+        }
     }
 
     /// What the guest said after `label`, to the end of that line.

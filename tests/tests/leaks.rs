@@ -26,7 +26,7 @@ fn a_thousand_machines_leave_nothing_behind() {
         for _ in 0..MACHINES {
             one(backend);
         }
-        let after = Footprint::now().unwrap();
+        let after = before.settled().unwrap();
         assert_eq!(after.handles(), before.handles(), "threads and descriptors on {backend}");
         // An allocator's arena or two, and four KiB for each machine: any mapping that stays behind is more.
         let most = (before.mappings + 8, before.resident_kib + 4096);

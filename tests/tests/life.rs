@@ -2,22 +2,12 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
-use std::sync::Mutex;
 use std::time::Duration;
 
 use vmkit::memory::{Bytes, GuestAddress, GuestRam};
 use vmkit::{DirtyLog, End, StateSet};
-use vmkit_testkit::footprint::Footprint;
-use vmkit_tests::guests::{self, COUNTER, counting, halt, long_mode, out8, real_mode, spin};
+use vmkit_tests::guests::{self, COUNTER, counting, long_mode, spin};
 use vmkit_tests::{PATIENCE, backends, bare, end_of};
-
-/// Tests that count this process's threads and descriptors want it for themselves, and so do not
-/// run beside others of this file.
-static ALONE: Mutex<()> = Mutex::new(());
-
-fn alone() -> std::sync::MutexGuard<'static, ()> {
-    ALONE.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
 
 fn counter(memory: &GuestRam) -> u64 {
     memory.read_obj(GuestAddress(COUNTER)).unwrap()
@@ -38,7 +28,6 @@ fn await_counting(memory: &GuestRam, past: u64) -> u64 {
 
 #[test]
 fn the_host_stops_a_guest_that_spins() {
-    let _alone = alone();
     for backend in backends() {
         let vm = bare(backend, long_mode(spin)).build().unwrap().start().unwrap();
         assert!(vm.wait_timeout(Duration::from_millis(20)).unwrap().is_none(), "{backend}");
@@ -49,7 +38,6 @@ fn the_host_stops_a_guest_that_spins() {
 
 #[test]
 fn a_handle_stops_a_blocking_run_from_another_thread() {
-    let _alone = alone();
     for backend in backends() {
         let vm = bare(backend, long_mode(spin)).build().unwrap();
         let handle = vm.handle();
@@ -64,7 +52,6 @@ fn a_handle_stops_a_blocking_run_from_another_thread() {
 
 #[test]
 fn nothing_moves_during_a_pause_and_all_goes_on_after_it() {
-    let _alone = alone();
     for backend in backends() {
         let vm = bare(backend, long_mode(counting)).build().unwrap().start().unwrap();
         let memory = vm.memory();
@@ -84,7 +71,6 @@ fn nothing_moves_during_a_pause_and_all_goes_on_after_it() {
 
 #[test]
 fn a_dropped_guard_resumes_and_pauses_overlap() {
-    let _alone = alone();
     for backend in backends() {
         let vm = bare(backend, long_mode(counting)).build().unwrap().start().unwrap();
         let memory = vm.memory();
@@ -101,11 +87,11 @@ fn a_dropped_guard_resumes_and_pauses_overlap() {
 
 #[test]
 fn a_paused_machine_shows_and_takes_state() {
-    let _alone = alone();
     for backend in backends() {
         let guest = long_mode(|code| {
-            use iced_x86::code_asm::{al, rax, rcx};
+            use iced_x86::code_asm::{al, qword_ptr, rax, rcx};
             code.mov(rcx, 0x1234_5678_9ABC_u64).unwrap();
+            code.mov(qword_ptr(COUNTER), 1).unwrap();
             let mut again = code.create_label();
             code.set_label(&mut again).unwrap();
             code.test(rax, rax).unwrap();
@@ -113,7 +99,7 @@ fn a_paused_machine_shows_and_takes_state() {
             code.out(0xF4, al).unwrap();
         });
         let vm = bare(backend, guest).build().unwrap().start().unwrap();
-        std::thread::sleep(Duration::from_millis(20));
+        await_counting(&vm.memory(), 0);
         let paused = vm.pause();
         let mut state = paused.vcpu_state(0).unwrap();
         assert_eq!(state.general.rcx(), 0x1234_5678_9ABC, "{backend}");
@@ -131,7 +117,6 @@ fn a_paused_machine_shows_and_takes_state() {
 
 #[test]
 fn the_dirty_log_of_either_kind_names_the_pages_that_were_written() {
-    let _alone = alone();
     for backend in backends() {
         for kind in [DirtyLog::Bitmap, DirtyLog::Ring] {
             let vm = bare(backend, long_mode(counting)).dirty_log(kind).build().unwrap();
@@ -161,7 +146,6 @@ fn the_dirty_log_of_either_kind_names_the_pages_that_were_written() {
 
 #[test]
 fn two_machines_run_at_once() {
-    let _alone = alone();
     for backend in backends() {
         let a = bare(backend, long_mode(counting)).build().unwrap().start().unwrap();
         let b = bare(backend, long_mode(counting)).build().unwrap().start().unwrap();
@@ -174,62 +158,8 @@ fn two_machines_run_at_once() {
     }
 }
 
-fn handles() -> (usize, usize) {
-    Footprint::now().unwrap().handles()
-}
-
-#[test]
-fn dropping_a_running_machine_frees_its_handles() {
-    let _alone = alone();
-    for backend in backends() {
-        // What the first machine allocates once per process does not count.
-        drop(bare(backend, long_mode(spin)).build().unwrap().start().unwrap());
-        let before = handles();
-        let vm = bare(backend, long_mode(spin)).vcpus(2).build().unwrap().start().unwrap();
-        assert!(handles().0 >= before.0 + 2, "{backend}");
-        drop(vm);
-        assert_eq!(handles(), before, "{backend}: running");
-        let vm = bare(backend, long_mode(halt)).build().unwrap();
-        drop(vm);
-        assert_eq!(handles(), before, "{backend}: never started");
-        let vm = bare(backend, long_mode(spin)).build().unwrap().start().unwrap();
-        std::mem::drop(vm.pause());
-        drop(vm);
-        assert_eq!(handles(), before, "{backend}: paused before");
-    }
-}
-
-#[test]
-fn a_build_that_fails_frees_what_it_had() {
-    let _alone = alone();
-    for backend in backends() {
-        drop(bare(backend, long_mode(spin)).build().unwrap());
-        let before = handles();
-        assert!(bare(backend, long_mode(spin)).memory(16 << 10).build().is_err());
-        let port = || vmkit::Serial::at("serial0", 0xF4, 4);
-        assert!(bare(backend, long_mode(spin)).device(port()).build().is_err());
-        assert_eq!(handles(), before, "{backend}");
-    }
-}
-
-#[test]
-fn a_hundred_machines_one_after_the_other() {
-    let _alone = alone();
-    for backend in backends() {
-        let one = || {
-            let vm = bare(backend, real_mode(|code| out8(code, 0xF4, 3))).build().unwrap();
-            assert_eq!(vm.run().unwrap(), End::ExitCode(7), "{backend}");
-        };
-        one();
-        let before = handles();
-        (0..100).for_each(|_| one());
-        assert_eq!(handles(), before, "{backend}");
-    }
-}
-
 #[test]
 fn the_timeline_is_in_order_and_kicks_bring_figures_up_to_date() {
-    let _alone = alone();
     for backend in backends() {
         let vm = bare(backend, long_mode(guests::counting)).build().unwrap().start().unwrap();
         await_counting(&vm.memory(), 0);

@@ -65,14 +65,18 @@ fn two_seconds_in_the_guest_are_two_seconds_here() {
     let _alone = alone();
     let Some((kernel, busybox)) = files(Flavour::Cloud) else { return };
     for backend in backends() {
-        let command = "echo before; sleep 2; echo after";
+        let command = "for n in 1 2 3; do echo before $n; sleep 2; echo after $n; done";
         let guest = linux(Linux::bzimage(&kernel).unwrap(), &busybox, command);
         let guest = start(Vm::builder().backend(backend.clone()).boot(guest));
-        assert!(guest.text.wait_for("before\n", PATIENCE), "{backend:?}");
-        let before = Instant::now();
-        assert!(guest.text.wait_for("after\n", PATIENCE), "{backend:?}");
-        let took = before.elapsed().as_secs_f64();
-        assert!((1.9..=2.1).contains(&took), "{backend:?}: sleep 2 took {took} s");
+        let took = [1, 2, 3].map(|n| {
+            guest.wait_for(&format!("before {n}\n"));
+            let before = Instant::now();
+            guest.wait_for(&format!("after {n}\n"));
+            before.elapsed().as_secs_f64()
+        });
+        // A host that was elsewhere for a moment spoils one of them; a clock that is wrong spoils all.
+        let right = took.iter().any(|took| (1.9..=2.1).contains(took));
+        assert!(right, "{backend:?}: sleep 2 took {took:?} s");
         assert_eq!(guest.status(), Some(0), "{backend:?}");
         guest.assert_healthy();
     }

@@ -109,7 +109,7 @@ fn the_log_is_taken_from_a_running_vcpu() {
     });
     // Each time it writes on, and is seen to: taking the log has KVM watch the page again.
     for _ in 0..20 {
-        let seen = (0..400).any(|_| {
+        let seen = (0..6000).any(|_| {
             thread::sleep(Duration::from_millis(5));
             dirty(&machine, id) == [0]
         });

@@ -7,7 +7,7 @@ mod common;
 use std::thread;
 use std::time::Duration;
 
-use common::{Access, DATA, MMIO, Machine, Recorder, kvm, true_kvm};
+use common::{Access, DATA, MMIO, Machine, Recorder, kvm, run_until_halted, true_kvm};
 use vmkit_hypervisor::x86::MpState;
 use vmkit_hypervisor::{
     Doorbell, EventFd, InterruptControllers, MapAccess, Msi, StateSet, VcpuState, VmExit,
@@ -137,7 +137,7 @@ fn a_wire_and_an_irqfd_reach_the_ioapic() {
     assert!(!requested(vcpu.as_mut(), 0x52));
     fd.write(1).unwrap();
     // The kernel delivers from a work queue.
-    let delivered = (0..200).any(|_| {
+    let delivered = (0..6000).any(|_| {
         thread::sleep(Duration::from_millis(5));
         requested(vcpu.as_mut(), 0x52)
     });
@@ -161,7 +161,7 @@ fn an_eventfd_sends_the_message_last_programmed_until_its_route_is_dropped() {
     routes[2].program(None).unwrap();
     fds.iter().for_each(|fd| fd.write(1).unwrap());
     let mut arrived = |vector| {
-        (0..200).any(|_| {
+        (0..6000).any(|_| {
             thread::sleep(Duration::from_millis(5));
             requested(vcpu.as_mut(), vector)
         })
@@ -283,9 +283,9 @@ fn init_and_sipi_start_a_second_vcpu() {
         second.get(StateSet::all(), &mut states[1]).unwrap();
         panic!("the second vCPU did not start: {states:#x?}");
     }
+    run_until_halted(second.as_mut());
     let mut state = VcpuState::default();
-    second.get(StateSet::MP | StateSet::SEGMENTS, &mut state).unwrap();
-    assert_eq!(state.mp, MpState::Halted);
+    second.get(StateSet::SEGMENTS, &mut state).unwrap();
     assert_eq!(state.segments.cs.selector, 0x800);
 }
 

@@ -34,7 +34,7 @@ fn a_thousand_machines_leave_nothing_behind() {
         }
         let before = Footprint::now().unwrap();
         let kicks: Vec<_> = (0..1000).map(|_| one(controllers)).collect();
-        let after = Footprint::now().unwrap();
+        let after = before.settled().unwrap();
         assert_eq!(after.handles(), before.handles());
         // The allocator may map an arena or two.
         let most = (before.mappings + 4, before.resident_kib + 4096);

@@ -15,7 +15,7 @@ fn the_probe_answers_quickly_and_with_a_reason() {
         "probe after {took:?}: {}",
         outcome.as_ref().map_or_else(ToString::to_string, |()| "usable".into())
     );
-    assert!(took < Duration::from_secs(6));
+    assert!(took < Duration::from_secs(30));
     if let Err(ProbeFailure::Failed { source, .. }) = outcome {
         assert!(source.to_string().contains("instruction at"), "{source}");
     }

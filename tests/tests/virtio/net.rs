@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use vmkit::virtio::{Net, Switch};
 use vmkit_examples::devices::{Passt, Transport};
-use vmkit_tests::linux::{Guest, start};
+use vmkit_tests::linux::{BOOT_PATIENCE, Guest, start};
 use vmkit_tests::program::install;
 use vmkit_tests::transfer;
 
@@ -56,14 +56,25 @@ fn two_machines_on_a_switch_reach_each_other_and_move_data() {
 #[test]
 fn a_machine_behind_passt_moves_data_to_the_host_and_back() {
     on_backends(|parts| {
-        let (passt, socket) = match Passt::start() {
+        let (mut passt, socket) = match Passt::start() {
             Ok(started) => started,
             Err(failure) => return eprintln!("not run: {failure}"),
         };
         let host = TcpListener::bind("127.0.0.1:0").unwrap();
+        host.set_nonblocking(true).unwrap();
         let guest = behind_passt(parts, socket, host.local_addr().unwrap().port());
+        // None if passt gives up.
+        let mut accept = || {
+            let stream = guest.wait_until("a connection", || match host.accept() {
+                Ok((stream, _)) => Some(Some(stream)),
+                Err(_) => passt.has_ended().then_some(None),
+            })?;
+            stream.set_nonblocking(false).unwrap();
+            stream.set_read_timeout(Some(BOOT_PATIENCE)).unwrap();
+            Some(stream)
+        };
 
-        let (mut stream, _) = host.accept().unwrap();
+        let Some(mut stream) = accept() else { return eprintln!("not run: passt gave up") };
         let began = Instant::now();
         let mut received = Vec::new();
         (&stream).take(bytes() as u64).read_to_end(&mut received).unwrap();
@@ -74,7 +85,7 @@ fn a_machine_behind_passt_moves_data_to_the_host_and_back() {
         drop(stream);
 
         // And all of it back.
-        (stream, _) = host.accept().unwrap();
+        stream = accept().unwrap();
         let began = Instant::now();
         stream.write_all(&expected).unwrap();
         drop(stream);

@@ -30,7 +30,10 @@ fn a_guest_program_echoes_on_a_connection_of_either_side() {
         let plugs = parts.plugs(Transport::Pci, &drivers, "", &script);
         let guest = start(plugs.plug(vsock).finish());
 
-        assert_echo(listener.accept().unwrap().0);
+        listener.set_nonblocking(true).unwrap();
+        let dialled = guest.wait_until("a connection", || listener.accept().ok()).0;
+        dialled.set_nonblocking(false).unwrap();
+        assert_echo(dialled);
         assert_echo(connect(&path));
         guest.assert_success();
         drop(guest);
@@ -43,6 +46,7 @@ fn connect(path: &Path) -> UnixStream {
     let began = Instant::now();
     loop {
         let mut stream = UnixStream::connect(path).unwrap();
+        stream.set_read_timeout(Some(BOOT_PATIENCE)).unwrap();
         writeln!(stream, "CONNECT {ANSWERED}").unwrap();
         // A reset is no answer either; and nothing is echoed before something was sent.
         let mut answer = String::new();
@@ -59,6 +63,8 @@ fn connect(path: &Path) -> UnixStream {
 fn assert_echo(stream: UnixStream) {
     let sent: Vec<u8> = (0..3_u32 << 20).map(|n| (n >> 9) as u8 ^ n as u8).collect();
     let mut received = vec![0; sent.len()];
+    stream.set_read_timeout(Some(BOOT_PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(BOOT_PATIENCE)).unwrap();
     std::thread::scope(|scope| {
         let sender = scope.spawn(|| (&stream).write_all(&sent));
         (&stream).read_exact(&mut received).unwrap();

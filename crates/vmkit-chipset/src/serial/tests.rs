@@ -164,7 +164,11 @@ fn a_dropped_device_takes_its_threads_along_and_its_handles_do_no_harm() {
         std::thread::yield_now();
     }
     drop(rig);
-    assert_eq!(threads("dropped"), Vec::<String>::new());
+    // One that was joined may be listed for a moment longer.
+    while !threads("dropped").is_empty() {
+        assert!(Instant::now() < deadline, "{:?}", threads("dropped"));
+        std::thread::yield_now();
+    }
     assert_eq!(input.push(b"x"), 1);
 }
 

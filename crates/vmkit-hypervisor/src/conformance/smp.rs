@@ -13,6 +13,7 @@ use super::case::{cases, ensure, ensure_eq};
 use super::cpu::{Cpu, End};
 use super::guest::{APIC, CODE, CODE2, DATA, Guest, Mode, TABLES};
 use super::interrupts::{apic_on, apic_write, eoi};
+use super::kicks::kick_until;
 use super::recorder::Recorder;
 use super::tables::{PAGE, PDPT};
 use super::{Failure, Need};
@@ -172,9 +173,12 @@ fn init_stops_a_running_processor(hypervisor: &dyn Hypervisor) -> Result<(), Fai
         exit
     })?;
     ensure_eq!(exit, VmExit::Kicked, "exit");
-    ensure_eq!(other.get(StateSet::MP)?.mp, MpState::WaitForSipi, "MP state");
-    Ok(())
+    // It may just not have had its turn when it was read twice.
+    kick_until(&mut other, "the processor waits for a start-up IPI", |other| {
+        Ok(other.get(StateSet::MP)?.mp == MpState::WaitForSipi)
+    })
 }
+
 fn a_kick_ends_the_wait_for_sipi(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
     let guest = Guest::new(hypervisor, Mode::Long, 2)?;
     let mut other = guest.add_cpu(1)?;
@@ -189,6 +193,7 @@ fn a_kick_ends_the_wait_for_sipi(hypervisor: &dyn Hypervisor) -> Result<(), Fail
     ensure_eq!(other.get(StateSet::MP)?.mp, MpState::WaitForSipi, "MP state");
     Ok(())
 }
+
 /// vCPU 0 sends by an ICR of `icr`; vCPU 1, halted, is to get `vector`.
 fn ipi(hypervisor: &dyn Hypervisor, icr: i32, vector: u64) -> Result<(), Failure> {
     let (mut guest, mut other) = two(

@@ -5,15 +5,17 @@
 
 use std::sync::Arc;
 use std::sync::OnceLock;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use vmkit_device::MonotonicClock;
 use vmkit_hypervisor::guest_memory::{
     Backing, Bytes, GuestAddress, MemoryRegion, MemoryRegionAddress, region_at,
 };
-use vmkit_hypervisor::x86::{Cr0, Cr4, DescriptorTable, Efer, Segment};
+use vmkit_hypervisor::x86::{Cr0, Cr4, DescriptorTable, Efer, MpState, Segment};
 use vmkit_hypervisor::{
     CpuModel, Hypervisor, InterruptControllers, IoFlow, MapAccess, MapId, Partition, PartitionSpec,
-    StateSet, Vcpu, VcpuIo, VcpuState,
+    StateSet, Vcpu, VcpuIo, VcpuState, VmExit,
 };
 use vmkit_kvm::{KvmHypervisor, best_available};
 
@@ -160,6 +162,23 @@ impl Machine {
 
     pub fn read_u64(&self, at: u64) -> u64 {
         u64::from_le_bytes(self.read(at))
+    }
+}
+
+/// Runs and kicks `vcpu` until it waits in a HLT: how soon it comes there is the host's business.
+pub fn run_until_halted(vcpu: &mut dyn Vcpu) {
+    let start = Instant::now();
+    let mut state = VcpuState::default();
+    while state.mp != MpState::Halted {
+        assert!(start.elapsed() < Duration::from_secs(30), "it does not halt: {state:?}");
+        let kick = vcpu.kick();
+        let kicker = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(20));
+            kick.kick();
+        });
+        assert_eq!(vcpu.run(&mut Recorder::default()).unwrap(), VmExit::Kicked);
+        kicker.join().unwrap();
+        vcpu.get(StateSet::all(), &mut state).unwrap();
     }
 }
 
