@@ -8,7 +8,6 @@ use std::thread;
 use std::time::Duration;
 
 use common::{Access, DATA, MMIO, Machine, Recorder, kvm, run_until_halted, true_kvm};
-use vmkit_hypervisor::x86::MpState;
 use vmkit_hypervisor::{
     Doorbell, EventFd, InterruptControllers, MapAccess, Msi, StateSet, VcpuState, VmExit,
 };

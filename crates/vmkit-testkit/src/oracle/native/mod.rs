@@ -20,8 +20,10 @@ use super::case::{Case, Ending, Outcome};
 
 /// Most cases of one batch.
 pub const BATCH: usize = 256;
-/// A case that takes longer is stuck.
+/// A case that takes more of a processor's time is stuck, whatever else the host does meanwhile.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// A case that takes longer, with or without a processor, is stuck too.
+const LAST_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Why the host cannot serve as an oracle.
 #[derive(Debug, Error)]
@@ -159,19 +161,21 @@ impl Native {
     /// # Errors
     /// [`NativeError`] if a new worker was needed and could not be had.
     pub fn collect(&mut self, mut see: impl FnMut(usize, &Outcome)) -> Result<(), NativeError> {
-        let mut at = (0, Instant::now());
+        let mut at = (0, Instant::now(), self.worker_time());
         while !self.state().wait_until(DONE, Some(Duration::from_millis(20))) {
             // SAFETY: `shared` is mapped as long as `self` lives.
             let current = unsafe { &(*self.shared).current }.load(Ordering::Acquire);
             if current != at.0 {
-                at = (current, Instant::now());
+                at = (current, Instant::now(), self.worker_time());
             }
             let ending = match self.reap(libc::WNOHANG) {
                 Some(status) if libc::WEXITSTATUS(status) == worker::SETUP_FAILED => {
                     return Err(NativeError::SetUp);
                 }
                 Some(_) => Ending::Died,
-                None if at.1.elapsed() > PATIENCE => {
+                None if self.worker_time().saturating_sub(at.2) > PATIENCE
+                    || at.1.elapsed() > LAST_PATIENCE =>
+                {
                     self.kill();
                     Ending::Hung
                 }
@@ -185,7 +189,7 @@ impl Native {
             }
             self.start()?;
             self.go(current + 1);
-            at = (current + 1, Instant::now());
+            at = (current + 1, Instant::now(), self.worker_time());
         }
         self.state().set(IDLE);
         for i in 0..self.submitted {
@@ -229,6 +233,20 @@ impl Native {
             pid => self.worker = pid,
         }
         Ok(())
+    }
+
+    /// The processor's time that the worker has used; nothing if it is gone.
+    fn worker_time(&self) -> Duration {
+        let mut clock = 0;
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: the calls write to these two and no more.
+        let known = unsafe {
+            libc::clock_getcpuclockid(self.worker, &mut clock) == 0
+                && libc::clock_gettime(clock, &mut time) == 0
+        };
+        let time =
+            known.then(|| Some((time.tv_sec.try_into().ok()?, time.tv_nsec.try_into().ok()?)));
+        time.flatten().map_or(Duration::ZERO, |(s, ns)| Duration::new(s, ns))
     }
 
     fn reap(&mut self, flags: i32) -> Option<i32> {
