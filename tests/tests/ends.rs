@@ -201,6 +201,22 @@ fn a_panic_in_a_device_is_an_error_and_not_a_hang() {
 }
 
 #[test]
+fn a_panic_of_who_watches_the_console_is_an_error_and_not_an_abort() {
+    for backend in backends() {
+        let guest = long_mode(|code| {
+            guests::say(code, "hello\n");
+            spin(code);
+        });
+        let watched = Serial::com1().on_output(|_| panic!("watched"));
+        let error = bare(backend, guest).device(watched).build().unwrap().run().unwrap_err();
+        assert!(
+            matches!(&error, VmError::VcpuPanicked { vcpu: 0, message } if message == "watched"),
+            "{backend}: {error}"
+        );
+    }
+}
+
+#[test]
 fn a_device_that_cannot_restart_ends_the_machine_with_an_error() {
     for backend in backends() {
         for dropped in [false, true] {

@@ -111,7 +111,9 @@ impl Serial {
     }
 
     /// Shows all output to `watcher` as well, in pieces as they are written. It is called from
-    /// vCPU threads and may push input (a chat script), but should not take long.
+    /// vCPU threads and may push input (a chat script), but should not take long. If it panics there,
+    /// the machine ends as it does when a device panics; what it was shown counts as
+    /// [lost](OutputProbe::lost).
     pub fn on_output(mut self, watcher: impl FnMut(&[u8]) + Send + 'static) -> Self {
         self.watchers.push(Box::new(watcher));
         self
