@@ -115,7 +115,11 @@ impl Connection {
     pub(super) fn credit(&mut self, header: &Header) {
         self.peer_buffer = header.buf_alloc;
         self.peer_forwarded = header.fwd_cnt;
-        self.asked_for_credit = false;
+        // Without room the question stands. A guest answers it at once, and tells by itself when a
+        // program of its reads: to ask again at each such answer would go on as long as none does.
+        if self.room() > 0 {
+            self.asked_for_credit = false;
+        }
     }
 
     /// Bytes the guest has room for. Whatever it claims, no more than it said its buffer holds.

@@ -291,6 +291,7 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::sync::mpsc;
 
     use vmkit_memory::{Backing, Bytes, GuestAddress, GuestRam, RamLayout, allocate};
 
@@ -364,5 +365,27 @@ mod tests {
         streams[1].write_all(b"b").unwrap();
         assert_eq!(said(&mut table), Some((45, 2, b'b')));
         assert_eq!(said(&mut table), None);
+    }
+    #[test]
+    fn a_guest_without_room_is_asked_for_credit_once_however_often_it_says_so() {
+        let ram = ram();
+        let (mut table, mut streams) = table(&[1]);
+        let host = Host::new(mpsc::channel().1, crate::Wake::new().unwrap());
+        let empty = Chain::new();
+        let mut tell = |table: &mut Table, fwd_cnt| {
+            let header = Header { src_port: 1000, dst_port: 1, buf_alloc: 1, fwd_cnt, ..CREDIT };
+            table.handle(&header, &mut empty.reader(&ram), &host).unwrap().unwrap();
+        };
+        tell(&mut table, 0);
+        streams[0].write_all(b"ab").unwrap();
+        table.socket_event(0, true, false);
+        let ops = |table: &mut Table| hear(table, &ram).map(|(_, header, _)| header.op);
+        assert_eq!([ops(&mut table), ops(&mut table)], [Some(op::RW), Some(op::CREDIT_REQUEST)]);
+        for _ in 0..3 {
+            tell(&mut table, 0);
+            assert_eq!(ops(&mut table), None);
+        }
+        tell(&mut table, 1);
+        assert_eq!([ops(&mut table), ops(&mut table)], [Some(op::RW), Some(op::CREDIT_REQUEST)]);
     }
 }
