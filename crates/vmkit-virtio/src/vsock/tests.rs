@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::packet::{HEADER, Header, op};
 use super::*;
 use crate::testing::{EVENT_IDX, FREE, Rig, Ring};
-use crate::{Mmio, WorkModel};
+use crate::{EventLoop, Mmio, WorkModel};
 
 const CID: u32 = 7;
 const OUT: u64 = FREE;
@@ -396,4 +396,23 @@ fn after_a_restore_the_driver_learns_that_its_connections_are_gone() {
     assert_eq!(stream.read(&mut [0]).unwrap(), 0);
     assert_eq!(guest.connect(52).op, op::RESPONSE);
     assert!(Vsock::new(2).is_err());
+}
+
+#[test]
+fn a_device_with_something_to_say_rests_until_the_driver_has_buffers_for_it() {
+    let mut vsock = Vsock::new(CID).unwrap();
+    let _listener = vsock.listen(52);
+    let misuse = vsock.misuse();
+    let events = EventLoop::new().unwrap();
+    let rig = Rig::new(Mmio::new(vsock).work(WorkModel::Loop(events.clone())));
+    let rings = rig.activate(EVENT_IDX, 256);
+    let mut guest = Guest { rig, rings, misuse, lent: 0 };
+    let rests = || (0..10).any(|_| events.process_ready().unwrap() == 0);
+    assert!(rests());
+    guest.post(header(52, op::REQUEST), &[]);
+    assert!(rests(), "it goes on and on");
+    assert!(guest.rings[1].used().is_some() && guest.rings[0].used().is_none());
+    guest.lend(1);
+    assert!(rests());
+    assert_eq!(guest.rings[0].used(), Some((0, HEADER as u32)));
 }

@@ -32,6 +32,8 @@ pub(super) struct VsockWorker {
     again: Wake,
     /// Packets of the guest wait until refusals have found buffers.
     held_back: bool,
+    /// They need wait no more.
+    let_go: bool,
 }
 
 impl VsockWorker {
@@ -51,6 +53,7 @@ impl VsockWorker {
             chain: Chain::new(),
             again: Wake::new()?,
             held_back: false,
+            let_go: false,
         })
     }
 
@@ -91,7 +94,7 @@ impl VsockWorker {
             let written = writer.written();
             queue.complete(self.chain.head(), written)?;
             if self.held_back && !self.table.is_congested() {
-                self.held_back = false;
+                (self.held_back, self.let_go) = (false, true);
                 self.again.wake();
             }
         }
@@ -160,7 +163,10 @@ impl Worker for VsockWorker {
                     self.table.ask(port, stream);
                 }
             }
-            AGAIN => return Ok(QueueSet::one(RX).and(TX)),
+            // The queue to the device only if it was held back: its turn ends here again as long as the
+            // driver has no buffers out.
+            AGAIN if std::mem::take(&mut self.let_go) => return Ok(QueueSet::one(RX).and(TX)),
+            AGAIN => return Ok(QueueSet::one(RX)),
             token => self.table.socket_event(token as usize, event.readable, event.writable),
         }
         let speak = self.table.wants_to_speak();
