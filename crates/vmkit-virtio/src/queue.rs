@@ -13,7 +13,8 @@ use crate::{Chain, Fault, Interrupt};
 /// What a worker has to say after it worked on a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
-    /// All available buffers are taken; a notification must tell of the next.
+    /// All available buffers are taken, or those that were taken and put back are too few; a
+    /// notification must tell of the next.
     Drained,
     /// Buffers are left because there is nothing to put in, or no room for what is in them. An event
     /// of the worker's own will bring it back.

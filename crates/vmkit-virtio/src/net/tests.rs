@@ -2,7 +2,7 @@ use std::io::{Read, Write};
 
 use super::*;
 use crate::testing::{EVENT_IDX, FREE, Rig, Ring};
-use crate::{Mmio, WorkModel};
+use crate::{EventLoop, Mmio, WorkModel};
 
 const BUFFERS: u64 = FREE + 0x10_0000;
 
@@ -83,6 +83,58 @@ fn frames_wait_for_buffers_and_too_small_buffers_drop_them() {
     // The first does not fit; the second takes the buffer.
     assert_eq!(two.1[0].wait_used().1, 112);
     assert_eq!((counters.dropped(), counters.received()), (1, 1));
+}
+
+/// A card that this thread works on, with a ring of four receive buffers, and who sends to it.
+fn small_card(features: u64) -> (EventLoop, Rig, Vec<Ring>, NetCounters, impl NetBackend) {
+    let switch = Switch::new();
+    let (sender, net) = (switch.plug().unwrap(), Net::switch(&switch).unwrap());
+    let (counters, events) = (net.counters(), EventLoop::new().unwrap());
+    let rig = Rig::new(Mmio::new(net).work(WorkModel::Loop(events.clone())));
+    let rings = rig.activate(features | feature::MRG_RXBUF, 4);
+    (events, rig, rings, counters, sender)
+}
+
+fn rests(events: &EventLoop) -> bool {
+    (0..10).any(|_| events.process_ready().unwrap() == 0)
+}
+
+#[test]
+fn a_frame_that_needs_more_buffers_than_there_are_waits_for_them_at_rest() {
+    for features in [0, EVENT_IDX] {
+        let (events, rig, mut rings, _, mut sender) = small_card(features);
+        let mut lend = |rings: &mut Vec<Ring>| {
+            rings[0].add(&[], &[(BUFFERS, 1526)]);
+            // As drivers do, only if asked to.
+            let asked = rings[0].avail_event() == rings[0].avail_idx.wrapping_sub(1);
+            if if features == 0 { rings[0].used_flags() == 0 } else { asked } {
+                rig.notify(0);
+            }
+            assert!(rests(&events), "it goes on and on");
+        };
+        sender.send(&frame(2, 1, 3000), &Offload::default()).unwrap();
+        sender.flush();
+        lend(&mut rings);
+        assert_eq!(rings[0].used(), None);
+        lend(&mut rings);
+        assert_eq!((rings[0].used(), rings[0].used()), (Some((0, 1526)), Some((1, 1486))));
+    }
+}
+
+#[test]
+fn a_frame_larger_than_all_that_a_queue_holds_is_dropped() {
+    let (events, rig, mut rings, counters, mut sender) = small_card(0);
+    for len in [9000, 60] {
+        sender.send(&frame(2, 1, len), &Offload::default()).unwrap();
+    }
+    sender.flush();
+    for n in 0..4 {
+        rings[0].add(&[], &[(BUFFERS + n * 2048, 1526)]);
+    }
+    rig.notify(0);
+    assert!(rests(&events));
+    assert_eq!((counters.dropped(), counters.received()), (1, 1));
+    assert_eq!(rings[0].used(), Some((0, 72)));
 }
 
 #[test]

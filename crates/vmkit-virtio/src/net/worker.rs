@@ -305,14 +305,14 @@ fn put_header(frame: &mut [u8], header: &[u8; WIRE]) {
 }
 
 /// Puts a frame with its header into the driver's buffers: one, or as many as it takes if it agreed
-/// to that (§5.1.6.4). A frame that fits no buffer is dropped.
+/// to that (§5.1.6.4). A frame that fits no buffer, or not all that the queue holds, is dropped.
 fn deliver(
     queue: &mut VirtQueue,
     chain: &mut Chain,
     frame: &mut [u8],
     mergeable: bool,
 ) -> Result<Delivery, Fault> {
-    let most = if mergeable { MOST_BUFFERS } else { 1 };
+    let most = if mergeable { MOST_BUFFERS.min(queue.size().into()) } else { 1 };
     let (mut room, mut buffers) = (0, 0);
     // First find how many buffers it takes: the header at the front says so.
     while room < frame.len() as u64 && buffers < most {

@@ -270,18 +270,20 @@ impl Ring {
         Ok(self.next_used - Wrapping(event) - Wrapping(1) < self.next_used - before)
     }
 
-    /// Asks the driver for notifications; true if buffers came in between.
+    /// Asks the driver for notifications; true if buffers came in between. Chains that were put back
+    /// count as seen: they did not do, and it takes more to go on.
     pub(crate) fn enable_notification(&mut self) -> Result<bool, Error> {
         let used = self.used.slice()?;
         if self.event_index {
             let at = ENTRIES + USED * usize::from(self.size);
-            store(&used, at, self.next_available.0, Ordering::Relaxed)?;
+            store(&used, at, self.seen.0, Ordering::Relaxed)?;
         } else {
             store(&used, 0, 0, Ordering::Relaxed)?;
         }
         // As above, with the sides exchanged.
         fence(Ordering::SeqCst);
-        self.has_available()
+        let index = load(&self.available.slice()?, INDEX, Ordering::Acquire)?;
+        Ok(Wrapping(index) != self.seen)
     }
 
     /// Tells the driver to spare its notifications. With event indices it does so by itself, until it
