@@ -48,6 +48,16 @@ impl MonotonicClock {
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
+    /// The time, also while a pause begins or ends.
+    fn now_locked(&self) -> Duration {
+        let state = self.lock();
+        // Who saw a pause that has ended meanwhile is as far behind as everybody else.
+        state.paused_at.unwrap_or_else(|| {
+            let behind = Duration::from_nanos(self.behind.load(Ordering::Acquire));
+            self.base.elapsed().saturating_sub(behind)
+        })
+    }
+
     /// Stops guest time. A second call changes nothing.
     pub fn pause(&self) {
         let mut state = self.lock();
@@ -74,7 +84,7 @@ impl Clock for MonotonicClock {
         if behind != PAUSED {
             return self.base.elapsed().saturating_sub(Duration::from_nanos(behind));
         }
-        self.lock().paused_at.unwrap_or_else(|| self.base.elapsed())
+        self.now_locked()
     }
 
     fn wall(&self) -> Duration {
@@ -124,5 +134,16 @@ mod tests {
         assert_eq!(clock.now(), at);
         clock.resume();
         assert!(clock.now() - at < Duration::from_millis(5));
+    }
+
+    #[test]
+    fn who_asks_while_a_pause_ends_is_not_told_a_time_without_the_pauses() {
+        let clock = MonotonicClock::new();
+        // As after pauses of centuries.
+        clock.behind.store(PAUSED - 1, Ordering::Release);
+        std::thread::sleep(Duration::from_millis(1));
+        assert_eq!((clock.now(), clock.now_locked()), (Duration::ZERO, Duration::ZERO));
+        clock.pause();
+        assert_eq!(clock.now(), Duration::ZERO);
     }
 }
