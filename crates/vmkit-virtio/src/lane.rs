@@ -28,6 +28,8 @@ pub(crate) struct Lane {
     /// Set while the lane may work. Cleared before the state's lock is asked for, so that a busy
     /// worker's loop sees it.
     running: AtomicBool,
+    /// A thread turns the lane until it is halted. Changed under the lock of the device's control.
+    has_thread: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -62,8 +64,15 @@ impl Lane {
         }
         worker.register(&poller)?;
         let state = State { worker, queues, left_over: QueueSet::EMPTY, deferred: Vec::new() };
-        let running = AtomicBool::new(false);
-        Ok(Self { shared, poller, kicks: own, stop, running, state: Mutex::new(state) })
+        Ok(Self {
+            shared,
+            poller,
+            kicks: own,
+            stop,
+            running: AtomicBool::new(false),
+            has_thread: AtomicBool::new(false),
+            state: Mutex::new(state),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -80,7 +89,18 @@ impl Lane {
     pub(crate) fn halt(&self) {
         self.running.store(false, Ordering::Release);
         self.stop.wake();
+        self.give_thread();
         self.quiesce(&mut self.lock());
+    }
+
+    /// Notes that a thread turns the lane; true if one does already.
+    pub(crate) fn take_thread(&self) -> bool {
+        self.has_thread.swap(true, Ordering::AcqRel)
+    }
+
+    /// Notes that no thread does, or that it is about to end.
+    pub(crate) fn give_thread(&self) {
+        self.has_thread.store(false, Ordering::Release);
     }
 
     /// Has the worker finish what is in flight.
@@ -129,11 +149,13 @@ impl Lane {
         self.drain(&mut state, queue);
     }
 
-    /// Goes on with what an earlier turn left over, on the caller's thread.
-    pub(crate) fn run_left_over(&self) {
+    /// Goes on with what an earlier turn left over, on the caller's thread. True if that leaves some
+    /// over, too.
+    pub(crate) fn run_left_over(&self) -> bool {
         let mut state = self.lock();
         let left = std::mem::take(&mut state.left_over);
         left.iter().for_each(|queue| self.drain(&mut state, queue));
+        !state.left_over.is_empty()
     }
 
     /// Waits up to `timeout` milliseconds (-1: for ever) for events and works on them.

@@ -20,7 +20,8 @@ pub enum WorkModel {
     Thread,
     /// The vCPU thread whose guest notifies a queue: nothing of the request is left when the write
     /// returns. Events of the host (input, packets, I/O that ends later, the end of a rate limit's
-    /// wait) still come on a thread of the device's, and what they bring is done there.
+    /// wait) still come on a thread of the device's, and what they bring is done there. So is what a
+    /// guest adds while it is worked for without an end: a vCPU thread is not kept for ever.
     Inline,
     /// The embedder's own event loop.
     Loop(EventLoop),
@@ -129,18 +130,24 @@ impl WorkModel {
             Self::Loop(events) if first => events.add(lane).map(|()| None),
             Self::Loop(_) => Ok(None),
             Self::Inline if !lane.has_sources() => Ok(None),
-            Self::Thread | Self::Inline => {
-                let (lane, name) = (lane.clone(), device.to_owned());
-                let thread = thread_builder(name.clone()).spawn(move || {
-                    while lane.running() {
-                        if let Err(error) = lane.turn(-1) {
-                            log::error!("{name}: its worker cannot wait for events: {error}");
-                            return;
-                        }
-                    }
-                })?;
-                Ok(Some(thread))
-            }
+            Self::Thread | Self::Inline => spawn(device, lane),
         }
     }
+}
+
+/// Has `lane` turned by a thread until it is halted, if none does yet.
+pub(crate) fn spawn(device: &str, lane: &Arc<Lane>) -> io::Result<Option<JoinHandle<()>>> {
+    if lane.take_thread() {
+        return Ok(None);
+    }
+    let (turned, name) = (lane.clone(), device.to_owned());
+    let thread = thread_builder(name.clone()).spawn(move || {
+        while turned.running() {
+            if let Err(error) = turned.turn(-1) {
+                log::error!("{name}: its worker cannot wait for events: {error}");
+                return;
+            }
+        }
+    });
+    thread.map(Some).inspect_err(|_| lane.give_thread())
 }

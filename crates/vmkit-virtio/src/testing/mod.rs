@@ -464,6 +464,11 @@ impl Ring {
         self.load(self.used + 4 + u64::from(self.size) * 8)
     }
 
+    /// Entries of the used ring that the device has filled so far.
+    pub fn used_index(&self) -> u16 {
+        self.load(self.used + 2)
+    }
+
     pub fn used_flags(&self) -> u16 {
         self.load(self.used)
     }

@@ -15,7 +15,7 @@ use crate::interrupt::{Shared, status};
 use crate::lane::Lane;
 use crate::{
     Activation, ConfigChange, Fault, FaultCounter, Interrupt, Queues, VirtQueue, VirtioDevice,
-    Wake, WorkModel,
+    Wake, WorkModel, work,
 };
 
 /// `VIRTIO_F_INDIRECT_DESC` (virtio 1.2 §6).
@@ -307,7 +307,20 @@ impl Core {
     /// Goes on with what inline work left over. Call it whenever the driver comes by.
     pub(crate) fn visit(&self) {
         if self.work.is_inline() {
-            self.lanes.load().iter().for_each(|lane| lane.run_left_over());
+            let lanes = self.lanes.load();
+            lanes.iter().filter(|lane| lane.run_left_over()).for_each(|lane| self.hand_over(lane));
+        }
+    }
+
+    /// Has a thread go on with what is left over: the driver was asked for no notification, and may
+    /// never come by again.
+    fn hand_over(&self, lane: &Arc<Lane>) {
+        let mut control = self.control();
+        if lane.running() {
+            match work::spawn(&self.shared.name, lane) {
+                Ok(thread) => control.threads.extend(thread),
+                Err(error) => log::error!("{}: no thread for its worker: {error}", self.name()),
+            }
         }
     }
 
@@ -411,6 +424,7 @@ impl Core {
         drop(control);
         if self.work.is_inline() {
             self.lanes.load().iter().for_each(|lane| lane.run_all());
+            self.visit();
         }
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! Drivers that do what no driver may, against the transport and the rings.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use vmkit_device::{Device, Doorbell, Doorbells, EventFd};
@@ -420,4 +420,27 @@ fn a_reset_of_the_machine_is_power_on() {
     ring.add(&[], &[(FREE, 8)]);
     rig.notify(0);
     assert_eq!(ring.used(), Some((0, 8)));
+}
+
+#[test]
+fn inline_work_that_never_ends_goes_on_when_the_driver_does_not_come_by() {
+    const TOTAL: u32 = 5000;
+    let ring: Arc<Mutex<Option<Ring>>> = Arc::default();
+    let (driver, mut served) = (ring.clone(), 0);
+    // A driver that has a next request by the time each is served.
+    let rng = Rng::from_source(move |_| {
+        served += 1;
+        if served < TOTAL
+            && let Some(ring) = &mut *driver.lock().unwrap()
+        {
+            ring.add(&[], &[(FREE, 8)]);
+        }
+    });
+    let rig = Rig::new(Mmio::new(rng).work(WorkModel::Inline));
+    let mut first = rig.activate(0, 8).remove(0);
+    first.add(&[], &[(FREE, 8)]);
+    *ring.lock().unwrap() = Some(first);
+    let taken = || ring.lock().unwrap().as_ref().map_or(0, |ring| u32::from(ring.used_index()));
+    rig.notify(0);
+    wait("end of the requests", || taken() == TOTAL);
 }
