@@ -1,6 +1,9 @@
+use vmkit_memory::{Backing, RamLayout, allocate};
+
+use super::worker::PortWorker;
 use super::*;
-use crate::testing::{FREE, Rig, wait};
-use crate::{Mmio, WorkModel};
+use crate::testing::{FREE, Rig, lone_queue, wait};
+use crate::{Mmio, Progress, Queues, Worker, WorkModel};
 
 #[derive(Clone, Default)]
 struct Text(Arc<Mutex<Vec<u8>>>);
@@ -52,6 +55,27 @@ fn input_that_nobody_reads_is_bounded() {
     let mut input = Console::new(std::io::sink()).unwrap().input();
     assert_eq!(input.send(&vec![0; 100_000]), 64 << 10);
     assert_eq!(input.write(b"x").unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+}
+
+#[test]
+fn buffers_without_room_do_not_keep_the_worker() {
+    let ram = allocate(&RamLayout::pc(1 << 20).unwrap(), Backing::Anonymous).unwrap();
+    let (queue, mut ring) = lone_queue(&ram, 0, 8);
+    let mut queues = Queues::new(vec![queue]);
+    let port = Port::new(String::new(), true, Box::new(std::io::sink())).unwrap();
+    port.input().push_back(b'x');
+    let mut worker = PortWorker::new(Arc::new(port), 0);
+    // By the time the worker has taken the last, a fast driver has lent the first again.
+    for _ in 0..3 {
+        for _ in 0..8 {
+            ring.add(&[], &[(0x8000, 0)]);
+        }
+        assert_eq!(worker.process(&mut queues, 0).unwrap(), Progress::More);
+        (0..8).for_each(|_| assert_eq!(ring.used().unwrap().1, 0));
+    }
+    ring.add(&[], &[(0x8000, 4)]);
+    assert_eq!(worker.process(&mut queues, 0).unwrap(), Progress::Waiting);
+    assert_eq!(ring.used().unwrap().1, 1);
 }
 
 #[test]

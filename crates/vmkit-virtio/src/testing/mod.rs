@@ -510,3 +510,28 @@ impl Ring {
         found.unwrap()
     }
 }
+
+/// A queue of a device by itself, and the driver's side of it, for tests of a worker.
+#[cfg(test)]
+pub(crate) fn lone_queue(ram: &GuestRam, index: u16, size: u16) -> (crate::VirtQueue, Ring) {
+    struct Nobody;
+    impl crate::Interrupt for Nobody {
+        fn queue(&self, _: u16) {}
+        fn config(&self) {}
+        fn reset(&self) {}
+    }
+    let (desc, avail, used) = (0x1000, 0x2000, 0x3000);
+    let state = virtio_queue::QueueState {
+        max_size: size,
+        next_avail: 0,
+        next_used: 0,
+        event_idx_enabled: false,
+        size,
+        ready: true,
+        desc_table: desc,
+        avail_ring: avail,
+        used_ring: used,
+    };
+    let queue = crate::VirtQueue::new(index, state, ram.clone(), Arc::new(Nobody)).unwrap();
+    (queue, Ring::placed(ram, index, size, desc, avail, used))
+}
