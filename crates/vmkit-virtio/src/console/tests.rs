@@ -3,7 +3,7 @@ use vmkit_memory::{Backing, RamLayout, allocate};
 use super::worker::PortWorker;
 use super::*;
 use crate::testing::{FREE, Rig, lone_queue, wait};
-use crate::{Mmio, Progress, Queues, Worker, WorkModel};
+use crate::{Mmio, Progress, Queues, WorkModel, Worker};
 
 #[derive(Clone, Default)]
 struct Text(Arc<Mutex<Vec<u8>>>);

@@ -1,7 +1,7 @@
 //! Drivers that do what no driver may, against the transport and the rings.
 
-use std::sync::{Arc, Mutex};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use vmkit_device::{Device, Doorbell, Doorbells, EventFd};
 

@@ -372,7 +372,7 @@ mod tests {
         let (mut table, mut streams) = table(&[1]);
         let host = Host::new(mpsc::channel().1, crate::Wake::new().unwrap());
         let empty = Chain::new();
-        let mut tell = |table: &mut Table, fwd_cnt| {
+        let tell = |table: &mut Table, fwd_cnt| {
             let header = Header { src_port: 1000, dst_port: 1, buf_alloc: 1, fwd_cnt, ..CREDIT };
             table.handle(&header, &mut empty.reader(&ram), &host).unwrap().unwrap();
         };
