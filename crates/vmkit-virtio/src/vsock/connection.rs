@@ -35,6 +35,8 @@ pub(super) enum State {
     },
     /// Bytes flow.
     Open,
+    /// The guest has let go, and what it sent before is on its way to the host program.
+    Ending,
 }
 
 /// What is to be told to the guest, as bits: each is owed once.
@@ -238,6 +240,23 @@ impl Connection {
         self.deaf |= flags & shutdown::RECEIVE != 0;
         self.mute |= flags & shutdown::SEND != 0;
         self.finish();
+    }
+
+    /// The guest let go of the connection. True if bytes of before are to be written yet: it had said
+    /// that it would send no more, so that they are all there were, and the host program may be slow.
+    pub(super) fn let_go(&mut self) -> bool {
+        if !self.mute || self.is_flushed() {
+            return false;
+        }
+        (self.state, self.owed) = (State::Ending, 0);
+        // What the host program writes from now on reaches nobody.
+        let _ = self.stream.shutdown(std::net::Shutdown::Read);
+        true
+    }
+
+    /// True if nothing waits for the socket.
+    pub(super) fn is_flushed(&self) -> bool {
+        self.waiting.is_empty()
     }
 
     /// Passes a shutdown on once all data before it is written.

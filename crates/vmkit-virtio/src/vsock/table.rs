@@ -100,9 +100,17 @@ impl Table {
     }
 
     fn remove(&mut self, token: usize) {
-        let Some(connection) = self.slots.get_mut(token).and_then(Option::take) else { return };
-        if self.by_key.get(&connection.key) == Some(&token) {
-            self.by_key.remove(&connection.key);
+        self.forget(token);
+        if let Some(slot) = self.slots.get_mut(token) {
+            *slot = None;
+        }
+    }
+
+    /// The guest knows the connection no more.
+    fn forget(&mut self, token: usize) {
+        let Some(key) = self.get(token).map(|connection| connection.key) else { return };
+        if self.by_key.get(&key) == Some(&token) {
+            self.by_key.remove(&key);
         }
         self.speakers.retain(|speaker| *speaker != token);
     }
@@ -173,6 +181,11 @@ impl Table {
                     self.by_key.insert(key, token);
                 }
             }
+        } else if connection.state == State::Ending {
+            if !connection.flush() || connection.is_flushed() {
+                self.remove(token);
+            }
+            return;
         } else if writable && !connection.flush() {
             connection.owe(owed::RST);
         }
@@ -225,6 +238,8 @@ impl Table {
                 return Ok(Err("data without credit, or on a connection that is not open"));
             }
             op::RESPONSE if matches!(connection.state, State::Asking { .. }) => connection.opened(),
+            // It keeps its place in the table until all is written.
+            op::RST if connection.let_go() => self.forget(token),
             op::RST => self.remove(token),
             op::SHUTDOWN => connection.shut_down(header.flags),
             op::CREDIT_REQUEST => connection.owe(owed::CREDIT_UPDATE),
@@ -290,7 +305,7 @@ impl Table {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::io::{Read, Write};
     use std::sync::mpsc;
 
     use vmkit_memory::{Backing, Bytes, GuestAddress, GuestRam, RamLayout, allocate};
@@ -333,6 +348,10 @@ mod tests {
         (table, streams)
     }
 
+    fn nobody() -> Host {
+        Host::new(mpsc::channel().1, crate::Wake::new().unwrap())
+    }
+
     /// What the table puts into a buffer of the driver's: how much was written, and the packet in it.
     fn hear(table: &mut Table, ram: &GuestRam) -> Option<(u32, Header, u8)> {
         ram.write_slice(&[0xEE; 256], GuestAddress(AT)).unwrap();
@@ -370,8 +389,7 @@ mod tests {
     fn a_guest_without_room_is_asked_for_credit_once_however_often_it_says_so() {
         let ram = ram();
         let (mut table, mut streams) = table(&[1]);
-        let host = Host::new(mpsc::channel().1, crate::Wake::new().unwrap());
-        let empty = Chain::new();
+        let (host, empty) = (nobody(), Chain::new());
         let tell = |table: &mut Table, fwd_cnt| {
             let header = Header { src_port: 1000, dst_port: 1, buf_alloc: 1, fwd_cnt, ..CREDIT };
             table.handle(&header, &mut empty.reader(&ram), &host).unwrap().unwrap();
@@ -387,5 +405,40 @@ mod tests {
         }
         tell(&mut table, 1);
         assert_eq!([ops(&mut table), ops(&mut table)], [Some(op::RW), Some(op::CREDIT_REQUEST)]);
+    }
+
+    #[test]
+    fn what_a_guest_sent_before_it_let_go_arrives_however_slow_the_reader_is() {
+        const PIECE: u32 = 32 << 10;
+        let (ram, host) = (ram(), nobody());
+        let (mut table, mut streams) = table(&[1]);
+        let tell = |table: &mut Table, op, flags, len| {
+            let segments = vec![Segment { addr: AT, len: PIECE }];
+            let chain = Chain { head: 0, segments, readable: 1 };
+            let header = Header { src_port: 1000, dst_port: 1, op, flags, len, ..CREDIT };
+            table.handle(&header, &mut chain.reader(&ram), &host).unwrap().unwrap();
+        };
+        let mut sent: u8 = 0;
+        while table.get(0).unwrap().is_flushed() {
+            sent += 1;
+            ram.write_slice(&[sent; PIECE as usize], GuestAddress(AT)).unwrap();
+            tell(&mut table, op::RW, 0, PIECE);
+        }
+        tell(&mut table, op::SHUTDOWN, 3, 0);
+        tell(&mut table, op::RST, 0, 0);
+        // To the guest it is gone.
+        assert_eq!((table.len(), table.by_key.len(), hear(&mut table, &ram)), (1, 0, None));
+        let mut found = Vec::new();
+        let mut piece = [0; PIECE as usize];
+        while found.len() < usize::from(sent) * piece.len() {
+            let count = streams[0].read(&mut piece).unwrap();
+            assert_ne!(count, 0, "{} of {sent} pieces", found.len() / piece.len());
+            found.extend_from_slice(&piece[..count]);
+            table.socket_event(0, false, true);
+        }
+        assert_eq!(streams[0].read(&mut piece).unwrap(), 0);
+        let whole =
+            found.chunks(piece.len()).zip(1..).all(|(piece, n)| *piece == [n; PIECE as usize]);
+        assert!(whole && table.len() == 0);
     }
 }
