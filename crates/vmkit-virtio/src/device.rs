@@ -159,6 +159,13 @@ pub trait Worker: Send {
         Ok(QueueSet::EMPTY)
     }
 
+    /// Queues whose buffers carry something out of the machine that would be lost with it. Each is
+    /// [`process`](Self::process)ed once more when the lane comes to rest, before
+    /// [`quiesce`](Self::quiesce).
+    fn outgoing(&self) -> QueueSet {
+        QueueSet::EMPTY
+    }
+
     /// The machine is about to stand still, or a queue or the worker to go: finishes what is in flight.
     /// When this returns, guest memory is left alone until the next call.
     ///

@@ -87,10 +87,25 @@ impl Lane {
 
     /// Ends work. When this returns no worker of the lane is working.
     pub(crate) fn halt(&self) {
-        self.running.store(false, Ordering::Release);
+        let worked = self.running.swap(false, Ordering::AcqRel);
         self.stop.wake();
         self.give_thread();
-        self.quiesce(&mut self.lock());
+        let mut state = self.lock();
+        // A driver that has never been worked for, because the machine has not run, waits until it does.
+        if worked && !self.shared.has(status::NEEDS_RESET) {
+            self.serve_outgoing(&mut state);
+        }
+        self.quiesce(&mut state);
+    }
+
+    /// Has the worker take what carries something out of the machine and has been notified, but not
+    /// served yet: if the machine has ended there is no other turn.
+    fn serve_outgoing(&self, state: &mut State) {
+        let State { worker, queues, .. } = state;
+        let mut outgoing = worker.outgoing().iter();
+        if let Err(fault) = outgoing.try_for_each(|queue| worker.process(queues, queue).map(drop)) {
+            self.shared.broken(&fault);
+        }
     }
 
     /// Notes that a thread turns the lane; true if one does already.

@@ -3,7 +3,7 @@ use vmkit_memory::{Backing, RamLayout, allocate};
 use super::worker::PortWorker;
 use super::*;
 use crate::testing::{FREE, Rig, lone_queue, wait};
-use crate::{Mmio, Progress, Queues, WorkModel, Worker};
+use crate::{EventLoop, Mmio, Progress, Queues, WorkModel, Worker};
 
 #[derive(Clone, Default)]
 struct Text(Arc<Mutex<Vec<u8>>>);
@@ -55,6 +55,46 @@ fn input_that_nobody_reads_is_bounded() {
     let mut input = Console::new(std::io::sink()).unwrap().input();
     assert_eq!(input.send(&vec![0; 100_000]), 64 << 10);
     assert_eq!(input.write(b"x").unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+}
+
+#[test]
+fn what_a_guest_wrote_just_before_its_machine_stopped_is_not_lost() {
+    for broken in [false, true] {
+        let text = Text::default();
+        let console = Console::new(text.clone()).unwrap();
+        // Nobody turns the loop: the device has had no time yet.
+        let events = EventLoop::new().unwrap();
+        let rig = Rig::new(Mmio::new(console).work(WorkModel::Loop(events)));
+        let mut rings = rig.activate(0, 8);
+        rig.write(FREE, b"last words");
+        rings[1].add(&[(FREE, 4)], &[]);
+        rings[1].add(&[(FREE + 4, 6)], &[]);
+        if broken {
+            rings[1].set_avail_idx(99);
+        }
+        rig.notify(1);
+        rig.device.pause();
+        assert_eq!(text.text(), if broken { "" } else { "last words" });
+        assert_eq!((rings[1].used().is_some(), rig.is_broken()), (!broken, broken));
+        rig.device.pause();
+        assert_eq!(rig.faults.count(), u64::from(broken));
+    }
+}
+
+#[test]
+fn what_a_saved_machine_had_to_say_waits_until_it_runs() {
+    let text = Text::default();
+    let rig = Rig::new(Mmio::new(Console::new(text.clone()).unwrap()));
+    let mut rings = rig.activate(0, 8);
+    rig.device.pause();
+    rig.write(FREE, b"later");
+    rings[1].add(&[(FREE, 5)], &[]);
+    rig.device.load(&rig.sections()).unwrap();
+    rig.device.pause();
+    assert_eq!(text.text(), "");
+    rig.device.start().unwrap();
+    rings[1].wait_used();
+    assert_eq!(text.text(), "later");
 }
 
 #[test]

@@ -41,6 +41,10 @@ impl PortWorker {
         Self { port, to_driver, chain: Chain::new(), piece, errors: Rarely::default() }
     }
 
+    fn to_device(&self) -> u16 {
+        self.to_driver + 1
+    }
+
     fn feed(&mut self, queue: &mut VirtQueue) -> Result<Progress, Fault> {
         let mut input = self.port.input();
         // A port that nobody has opened would lose its input: Linux drops it.
@@ -105,6 +109,10 @@ impl Worker for PortWorker {
 
     fn event(&mut self, _: &mut Queues, _: Event) -> Result<QueueSet, Fault> {
         Ok(QueueSet::one(self.to_driver))
+    }
+
+    fn outgoing(&self) -> QueueSet {
+        QueueSet::one(self.to_device())
     }
 }
 

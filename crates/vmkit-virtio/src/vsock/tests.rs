@@ -416,3 +416,23 @@ fn a_device_with_something_to_say_rests_until_the_driver_has_buffers_for_it() {
     assert!(rests());
     assert_eq!(guest.rings[0].used(), Some((0, HEADER as u32)));
 }
+
+#[test]
+fn what_a_guest_sent_just_before_its_machine_stopped_is_not_lost() {
+    let mut vsock = Vsock::new(CID).unwrap();
+    let listener = vsock.listen(52);
+    let misuse = vsock.misuse();
+    // Nobody turns the loop: the device has had no time yet.
+    let model = WorkModel::Loop(EventLoop::new().unwrap());
+    let rig = Rig::new(Mmio::new(vsock).work(model));
+    let rings = rig.activate(EVENT_IDX, 256);
+    let mut guest = Guest { rig, rings, misuse, lent: 0 };
+    guest.post(header(52, op::REQUEST), &[]);
+    let bytes = data(52, 4).to_bytes();
+    guest.rig.write(OUT + 0x1000, &[&bytes[..], b"last"].concat());
+    guest.rings[1].add(&[(OUT + 0x1000, HEADER as u32 + 4)], &[]);
+    guest.rig.device.pause();
+    let mut text = [0; 4];
+    listener.try_accept().unwrap().read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"last");
+}

@@ -172,4 +172,8 @@ impl Worker for VsockWorker {
         let speak = self.table.wants_to_speak();
         Ok(if speak { QueueSet::one(RX) } else { QueueSet::EMPTY })
     }
+
+    fn outgoing(&self) -> QueueSet {
+        QueueSet::one(TX)
+    }
 }
