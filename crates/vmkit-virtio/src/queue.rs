@@ -10,6 +10,10 @@ use vmkit_memory::GuestRam;
 use crate::ring::{Refused, Ring};
 use crate::{Chain, Fault, Interrupt};
 
+/// Bytes after which a worker's turn is over, though there be more: a lane heeds a stop only between
+/// turns.
+pub(crate) const TURN_BYTES: u64 = 16 << 20;
+
 /// What a worker has to say after it worked on a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {

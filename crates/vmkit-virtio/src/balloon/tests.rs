@@ -1,6 +1,9 @@
+use vmkit_memory::{Backing, Bytes, GuestAddress, RamLayout, allocate};
+
+use super::worker::BalloonWorker;
 use super::*;
-use crate::testing::{FREE, Rig, Ring};
-use crate::{Mmio, WorkModel};
+use crate::testing::{FREE, Rig, Ring, lone_queue};
+use crate::{Mmio, Progress, Queues, WorkModel, Worker};
 
 /// Pages of memory that tests give away.
 const SPARE: u64 = FREE + 0x10_0000;
@@ -130,4 +133,31 @@ fn state_is_saved_and_a_reset_empties_the_balloon() {
     rig.check_damaged_state();
     rig.set_reg(0x70, 0);
     assert_eq!((handle.actual(), handle.target()), (0, 1 << 20));
+}
+
+#[test]
+fn a_turn_ends_after_so_many_pages_that_a_stop_need_not_wait_long() {
+    let ram = allocate(&RamLayout::pc(16 << 20).unwrap(), Backing::Anonymous).unwrap();
+    // The same page again and again, in as many numbers as a request may have.
+    ram.write_slice(&[8; 4096 * 4], GuestAddress(0x8000)).unwrap();
+    for (index, turns) in [(0, 3), (1, 0), (2, 3)] {
+        let (queue, mut ring) = lone_queue(&ram, index, 64);
+        ram.write_slice(&[0; 0x3000], GuestAddress(0x1000)).unwrap();
+        for _ in 0..3 {
+            if index == 2 {
+                ring.add(&[], &[(0x10_0000, 8 << 20), (0x10_0000, 8 << 20)]);
+            } else {
+                ring.add(&[(0x8000, 4096 * 4)], &[]);
+            }
+        }
+        let shared = Balloon::new().shared;
+        let mut worker = BalloonWorker::new("balloon".into(), shared, None, Some(2));
+        let mut queues = Queues::new(vec![queue]);
+        for turn in 1..=turns {
+            assert_eq!(worker.process(&mut queues, index).unwrap(), Progress::More);
+            assert_eq!(ring.used_index(), turn, "{index}");
+        }
+        assert_eq!(worker.process(&mut queues, index).unwrap(), Progress::Drained);
+        assert_eq!(ring.used_index(), 3);
+    }
 }

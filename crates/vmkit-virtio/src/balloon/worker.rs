@@ -7,6 +7,7 @@ use vmkit_memory::{GuestAddress, discard};
 
 use super::{PAGE, Shared};
 use crate::fault::Rarely;
+use crate::queue::TURN_BYTES;
 use crate::{Chain, Fault, Progress, Queues, Segment, VirtQueue, Worker};
 
 const INFLATE: u16 = 0;
@@ -49,12 +50,13 @@ impl BalloonWorker {
     }
 
     /// Gives the pages whose numbers are in the chain back, runs of them at once. Numbers that are
-    /// no RAM are passed over.
-    fn inflate(&self, queue: &VirtQueue) -> Result<(), Fault> {
+    /// no RAM are passed over. Answers how many bytes that are.
+    fn inflate(&self, queue: &VirtQueue) -> Result<u64, Fault> {
         let mut reader = self.chain.reader(queue.memory());
         if !reader.remaining().is_multiple_of(4) || reader.remaining() / 4 > MOST_PAGES as u64 {
             return Err(Fault::Request("a balloon request of an impossible length"));
         }
+        let bytes = reader.remaining() / 4 * PAGE;
         let mut run: Option<(u64, u64)> = None;
         while reader.remaining() > 0 {
             let at = u64::from(u32::from_le_bytes(reader.read_array()?)) * PAGE;
@@ -73,19 +75,21 @@ impl BalloonWorker {
         if let Some((start, len)) = run {
             self.give(queue, start, len);
         }
-        Ok(())
+        Ok(bytes)
     }
 
-    /// Gives back the buffers themselves: they are free pages.
-    fn report(&self, queue: &VirtQueue, buffers: &[Segment]) {
-        for buffer in buffers {
+    /// Gives back the buffers themselves: they are free pages. Answers how many bytes that are.
+    fn report(&self, queue: &VirtQueue, buffers: &[Segment]) -> u64 {
+        let give = |buffer: &Segment| {
             self.give(queue, buffer.addr, buffer.len.into());
-        }
+            u64::from(buffer.len)
+        };
+        buffers.iter().map(give).sum()
     }
 
     /// A readable buffer is the number of a round that begins or the stop of one; writable ones are
     /// free pages of the round (§5.5.6.6).
-    fn hint(&mut self, queue: &VirtQueue) -> Result<(), Fault> {
+    fn hint(&mut self, queue: &VirtQueue) -> Result<u64, Fault> {
         let wanted = self.shared.hint.load(Ordering::Acquire);
         if !self.chain.readable().is_empty() {
             let said = u32::from_le_bytes(self.chain.reader(queue.memory()).read_array()?);
@@ -95,27 +99,31 @@ impl BalloonWorker {
             self.telling = said == wanted && said >= super::HINT_FIRST;
         }
         if self.telling && wanted >= super::HINT_FIRST {
-            self.report(queue, self.chain.writable());
+            return Ok(self.report(queue, self.chain.writable()));
         }
-        Ok(())
+        Ok(0)
     }
 }
 
 impl Worker for BalloonWorker {
     fn process(&mut self, queues: &mut Queues, index: u16) -> Result<Progress, Fault> {
         let Some(queue) = queues.get(index) else { return Ok(Progress::Waiting) };
+        let mut work = 0;
         for _ in 0..queue.size() {
+            if work >= TURN_BYTES {
+                break;
+            }
             if !queue.pop(&mut self.chain)? {
                 return Ok(Progress::Drained);
             }
-            match index {
+            work += match index {
                 INFLATE => self.inflate(queue)?,
                 // The pages come back by themselves when they are touched.
-                DEFLATE => {}
+                DEFLATE => 0,
                 _ if Some(index) == self.hints => self.hint(queue)?,
                 _ if Some(index) == self.reports => self.report(queue, self.chain.writable()),
                 _ => return Err(Fault::Request("a balloon queue that was not agreed on")),
-            }
+            };
             queue.complete(self.chain.head(), 0)?;
         }
         Ok(Progress::More)

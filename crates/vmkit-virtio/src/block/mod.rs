@@ -39,8 +39,10 @@ pub(crate) const SECTOR: u64 = 512;
 const SERIAL_LEN: usize = 20;
 /// Entries of a queue, unless the embedder says otherwise.
 const QUEUE_SIZE: u16 = 256;
-/// Most sectors of one discard or write-zeroes: 1 GiB.
+/// Most sectors of one range to discard: 1 GiB.
 pub(crate) const MOST_SECTORS: u32 = 1 << 21;
+/// Most sectors of one range to zero: 16 MiB, which may have to be written.
+pub(crate) const MOST_ZEROES: u32 = 1 << 15;
 /// Most ranges of one discard or write-zeroes request.
 pub(crate) const MOST_RANGES: u32 = 16;
 
@@ -305,7 +307,7 @@ impl Block {
         put(36, &MOST_SECTORS.to_le_bytes());
         put(40, &MOST_RANGES.to_le_bytes());
         put(44, &8_u32.to_le_bytes());
-        put(48, &MOST_SECTORS.to_le_bytes());
+        put(48, &MOST_ZEROES.to_le_bytes());
         put(52, &MOST_RANGES.to_le_bytes());
         put(56, &[self.disk.can_discard().into()]);
         config

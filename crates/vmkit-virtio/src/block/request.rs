@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use vmkit_memory::{GuestBuffers, GuestRam};
 
-use super::{Disk, LIMIT, MOST_RANGES, MOST_SECTORS, SECTOR, SERIAL_LEN, feature};
+use super::{Disk, LIMIT, MOST_RANGES, MOST_SECTORS, MOST_ZEROES, SECTOR, SERIAL_LEN, feature};
 use crate::fault::Rarely;
 use crate::limit::Limiter;
+use crate::queue::TURN_BYTES;
 use crate::{Chain, Event, Fault, Poller, Progress, QueueSet, Queues, Reader, Worker, Writer};
 
 /// Request types.
@@ -37,6 +38,8 @@ const UNMAP: u32 = 1;
 const RANGE_LEN: u64 = 16;
 /// Most bytes of one request, so that no request keeps the worker for long.
 const MOST_BYTES: u64 = 256 << 20;
+/// Bytes whose reading or writing takes about as long as to make a disk's writes durable.
+const FLUSH_BYTES: u64 = 4 << 20;
 
 /// A request, taken apart.
 pub(super) struct Request<'a> {
@@ -83,7 +86,11 @@ impl Worker for BlockWorker {
 
     fn process(&mut self, queues: &mut Queues, index: u16) -> Result<Progress, Fault> {
         let Some(queue) = queues.get(index) else { return Ok(Progress::Drained) };
+        let mut work = 0;
         for n in 1..=queue.size() {
+            if work >= TURN_BYTES {
+                break;
+            }
             if !self.limiter.ready() {
                 return Ok(Progress::Waiting);
             }
@@ -92,7 +99,7 @@ impl Worker for BlockWorker {
             }
             self.limiter.spend(|| self.chain.bytes());
             let request = self.target.parse(&self.chain, queue.memory())?;
-            let written = self.target.perform(request)?;
+            let written = self.target.perform(request, &mut work)?;
             queue.complete(self.chain.head(), written)?;
             if n.is_multiple_of(SIGNAL_EVERY) {
                 queue.signal()?;
@@ -176,22 +183,35 @@ impl RequestTarget {
         .unwrap_or(Action::Other)
     }
 
-    /// Serves a request; returns how many bytes were written to guest memory.
-    pub(super) fn perform(&self, request: Request<'_>) -> Result<u32, Fault> {
+    /// Serves a request; returns how many bytes were written to guest memory. Adds to `work` what it
+    /// took, in bytes.
+    pub(super) fn perform(&self, request: Request<'_>, work: &mut u64) -> Result<u32, Fault> {
         let action = self.action(&request);
         let Request { kind, mut from, mut data, mut status, .. } = request;
         let outcome = match (action, kind) {
-            (Action::Read { offset }, _) => self.read(offset, &mut data)?,
-            (Action::Write { offset }, _) => self.write(offset, &mut from)?,
-            (Action::Flush, _) => self.done(self.disk.flush()),
+            (Action::Read { offset }, _) => {
+                *work += data.remaining();
+                self.read(offset, &mut data)?
+            }
+            (Action::Write { offset }, _) => {
+                let flushes = self.writes_are_durable();
+                *work += from.remaining() + if flushes { FLUSH_BYTES } else { 0 };
+                self.write(offset, &mut from)?
+            }
+            (Action::Flush, _) => {
+                *work += FLUSH_BYTES;
+                self.done(self.disk.flush())
+            }
             (Action::Other, kind::IN | kind::OUT) => Status::IoError,
             (Action::Other, kind::GET_ID) => {
                 let count = data.remaining().min(self.serial.len() as u64) as usize;
                 data.write_all(self.serial.get(..count).unwrap_or_default())?;
                 Status::Ok
             }
-            (Action::Other, kind::DISCARD) => self.ranges(feature::DISCARD, &mut from)?,
-            (Action::Other, kind::WRITE_ZEROES) => self.ranges(feature::WRITE_ZEROES, &mut from)?,
+            (Action::Other, kind::DISCARD) => self.ranges(feature::DISCARD, &mut from, work)?,
+            (Action::Other, kind::WRITE_ZEROES) => {
+                self.ranges(feature::WRITE_ZEROES, &mut from, work)?
+            }
             (Action::Other, _) => Status::Unsupported,
         };
         status.write_all(&[outcome as u8])?;
@@ -257,7 +277,7 @@ impl RequestTarget {
 
     /// Discards or zeroes the ranges in `data`, if that `feature` was negotiated. All are checked
     /// before the first is done.
-    fn ranges(&self, wanted: u64, data: &mut Reader<'_>) -> Result<Status, Fault> {
+    fn ranges(&self, wanted: u64, data: &mut Reader<'_>, work: &mut u64) -> Result<Status, Fault> {
         if self.features & wanted == 0 {
             return Ok(Status::Unsupported);
         }
@@ -273,17 +293,22 @@ impl RequestTarget {
             let sector = u64::from_le_bytes([s0, s1, s2, s3, s4, s5, s6, s7]);
             let count = u32::from_le_bytes([n0, n1, n2, n3]);
             let flags = u32::from_le_bytes(flags);
-            let known = if wanted == feature::WRITE_ZEROES { UNMAP } else { 0 };
+            let (known, most) = if wanted == feature::WRITE_ZEROES {
+                (UNMAP, MOST_ZEROES)
+            } else {
+                (0, MOST_SECTORS)
+            };
             if flags & !known != 0 {
                 return Ok(Status::Unsupported);
             }
             let len = u64::from(count) * SECTOR;
             match self.place(sector, len) {
-                Some(offset) if count <= MOST_SECTORS => *range = (offset, len, flags != 0),
+                Some(offset) if count <= most => *range = (offset, len, flags != 0),
                 _ => return Ok(Status::IoError),
             }
         }
         for &mut (offset, len, unmap) in ranges {
+            *work += len;
             let result = match wanted {
                 _ if len == 0 => Ok(()),
                 feature::DISCARD => self.disk.discard(offset, len),

@@ -2,11 +2,11 @@ use std::io::{Read, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use vmkit_memory::GuestBuffers;
+use vmkit_memory::{Backing, Bytes, GuestAddress, GuestBuffers, RamLayout, allocate};
 
 use super::*;
-use crate::testing::{EVENT_IDX, FREE, INDIRECT, Rig, Ring};
-use crate::{Mmio, WorkModel};
+use crate::testing::{EVENT_IDX, FREE, INDIRECT, Rig, Ring, lone_queue};
+use crate::{Mmio, Progress, Queues, WorkModel};
 
 const HEADER: u64 = FREE;
 const STATUS: u64 = FREE + 0x100;
@@ -384,4 +384,89 @@ fn an_image_in_use_is_refused() {
     std::fs::write(&path, [0; 511]).unwrap();
     assert!(matches!(Block::file(&path), Err(DeviceError::Config { .. })));
     std::fs::remove_file(&path).unwrap();
+}
+
+#[test]
+fn a_range_to_zero_is_no_longer_than_the_driver_was_told() {
+    let mut disk = rig(Block::disk(Hollow).unwrap());
+    let most = u32::from_le_bytes(disk.0.config(48));
+    assert_eq!(u64::from(most) * 512, 16 << 20);
+    for (count, status) in [(most, 0), (most + 1, 1)] {
+        disk.0.write(DATA, &[&[0; 8], &count.to_le_bytes()[..], &[0; 4]].concat());
+        assert_eq!(request(&mut disk, 13, 0, &[(DATA, 16)], &[]), (status, 1));
+    }
+}
+
+/// A disk of a tebibyte with nothing in it.
+struct Hollow;
+
+impl Disk for Hollow {
+    fn bytes(&self) -> u64 {
+        1 << 40
+    }
+    fn read(&self, _: u64, _: &mut GuestBuffers<'_>) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn write(&self, _: u64, _: &mut GuestBuffers<'_>) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn flush(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn discard(&self, _: u64, _: u64) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn write_zeroes(&self, _: u64, _: u64, _: bool) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_turn_ends_after_so_much_work_that_a_stop_need_not_wait_long() {
+    const MIB: u32 = 1 << 20;
+    let ram = allocate(&RamLayout::pc(16 << 20).unwrap(), Backing::Anonymous).unwrap();
+    let put = |at, bytes: &[u8]| ram.write_slice(bytes, GuestAddress(at)).unwrap();
+    let range = |count: u32| [&[0; 8], &count.to_le_bytes()[..], &[0; 4]].concat();
+    let ranges = [range(1 << 14), range(1 << 14)].concat();
+    let features = feature::FLUSH | feature::DISCARD | feature::WRITE_ZEROES;
+    // Kind, bytes of data, whether the driver can flush, and how many requests make a turn.
+    for (kind, len, features, each) in [
+        (0, 4 * MIB, features, 4),
+        (1, 4 * MIB, features, 4),
+        (1, 512, features, 12),
+        (1, 512, 0, 4),
+        (4, 0, features, 4),
+        (11, 32, features, 1),
+        (13, 32, features, 1),
+    ] {
+        let (queue, mut ring) = lone_queue(&ram, 0, 64);
+        put(0x1000, &[0; 0x3000]);
+        put(0x4000, &[kind, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        put(0x5000, &ranges);
+        for _ in 0..12 {
+            let data = [(0x5000, len)];
+            let data = if len == 0 { &[][..] } else { &data };
+            let (status, header) = ([(0x4100, 1)], [(0x4000, 16)]);
+            if kind == 0 {
+                ring.add(&header, &[data, &status].concat());
+            } else {
+                ring.add(&[&header, data].concat(), &status);
+            }
+        }
+        let clock: Arc<dyn vmkit_device::Clock> = Arc::new(vmkit_device::ManualClock::default());
+        let limiter = Limiter::new(&Budget::new(RateLimit::new()), &clock).unwrap();
+        let disk = Arc::new(Hollow);
+        let target = RequestTarget::new("hollow".into(), disk, features, false, [0; SERIAL_LEN]);
+        let (mut worker, mut queues) =
+            (BlockWorker::new(0, target, limiter), Queues::new(vec![queue]));
+        for turn in 1..=12 / each {
+            let progress = worker.process(&mut queues, 0).unwrap();
+            let more = if each == 12 { Progress::Drained } else { Progress::More };
+            assert_eq!((progress, ring.used_index()), (more, each * turn), "{kind}");
+        }
+        assert_eq!(worker.process(&mut queues, 0).unwrap(), Progress::Drained);
+        let mut status = [9];
+        ram.read_slice(&mut status, GuestAddress(0x4100)).unwrap();
+        assert_eq!(status, [0], "{kind}");
+    }
 }

@@ -9,6 +9,7 @@ use vmkit_memory::{FileRing, GuestRam};
 use super::request::{Action, RequestTarget, Status};
 use super::{LIMIT, RING};
 use crate::limit::Limiter;
+use crate::queue::TURN_BYTES;
 use crate::{Chain, Event, Fault, Interest, Poller, Progress, QueueSet, Queues, VirtQueue, Worker};
 
 /// Most requests in flight.
@@ -56,7 +57,11 @@ impl RingWorker {
     /// Takes requests until none is left, none may be begun, or others should have their turn.
     fn begin(&mut self, queue: &mut VirtQueue) -> Result<Progress, Fault> {
         self.full = false;
+        let mut work = 0;
         for _ in 0..queue.size() {
+            if work >= TURN_BYTES {
+                break;
+            }
             if !self.limiter.ready() {
                 return Ok(Progress::Waiting);
             }
@@ -72,23 +77,31 @@ impl RingWorker {
                 return Ok(Progress::Drained);
             }
             self.limiter.spend(|| self.chain.bytes());
-            self.begin_one(queue)?;
+            self.begin_one(queue, &mut work)?;
         }
         Ok(Progress::More)
     }
 
-    fn begin_one(&mut self, queue: &mut VirtQueue) -> Result<(), Fault> {
+    /// Begins the request in `chain`, and adds to `work` what it takes, in bytes: what is in the page
+    /// cache is done when it is submitted.
+    fn begin_one(&mut self, queue: &mut VirtQueue, work: &mut u64) -> Result<(), Fault> {
         let mut request = self.target.parse(&self.chain, &self.memory)?;
         let fills = request.data.remaining();
         let action = self.target.action(&request);
         let Some(entry) = self.ring.entry() else { return Ok(()) };
         let number = entry.number();
         let begun = match action {
-            Action::Read { offset } => entry.read(offset, request.data.pieces()),
-            Action::Write { offset } => entry.write(offset, request.from.pieces()),
+            Action::Read { offset } => {
+                *work += request.data.remaining();
+                entry.read(offset, request.data.pieces())
+            }
+            Action::Write { offset } => {
+                *work += request.from.remaining();
+                entry.write(offset, request.from.pieces())
+            }
             Action::Flush => entry.sync(),
             Action::Other => {
-                let written = self.target.perform(request)?;
+                let written = self.target.perform(request, work)?;
                 return queue.complete(self.chain.head(), written);
             }
         };

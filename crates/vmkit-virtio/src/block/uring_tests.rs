@@ -2,9 +2,11 @@
 
 use std::os::unix::fs::FileExt;
 
+use vmkit_memory::{Backing, RamLayout, allocate};
+
 use super::*;
-use crate::testing::{EVENT_IDX, FREE, INDIRECT, Rig, Ring};
-use crate::{EventLoop, Mmio, WorkModel};
+use crate::testing::{EVENT_IDX, FREE, INDIRECT, Rig, Ring, lone_queue};
+use crate::{EventLoop, Mmio, Progress, Queues, WorkModel};
 
 const SECTORS: u64 = 4096;
 const DATA: u64 = FREE + 0x1_0000;
@@ -225,4 +227,28 @@ fn a_request_that_cannot_be_answered_leaves_no_other_in_flight_after_a_pause() {
 fn only_raw_images_have_a_ring() {
     let memory = Block::memory(vec![0; 4096]).unwrap().engine(Engine::IoUring);
     assert!(matches!(memory, Err(DeviceError::Config { .. })));
+}
+
+#[test]
+fn a_turn_ends_after_so_much_work_that_a_stop_need_not_wait_long() {
+    let file = image();
+    let Some(_) = block(&file) else { return };
+    let ram = allocate(&RamLayout::pc(16 << 20).unwrap(), Backing::Anonymous).unwrap();
+    let (queue, mut ring) = lone_queue(&ram, 0, 64);
+    for _ in 0..20 {
+        // All of the disk, two mebibytes.
+        ring.add(&[(0x4000, 16)], &[(0x10_0000, 2 << 20), (0x4100, 1)]);
+    }
+    let clock: Arc<dyn vmkit_device::Clock> = Arc::new(vmkit_device::ManualClock::default());
+    let limiter = Limiter::new(&Budget::new(RateLimit::new()), &clock).unwrap();
+    let disk = Arc::new(FileDisk::new(file.try_clone().unwrap(), None).unwrap());
+    let target = RequestTarget::new("disk".into(), disk, 0, false, [0; SERIAL_LEN]);
+    let mut worker = RingWorker::new((0, 64), target, limiter, file, ram.clone()).unwrap();
+    let mut queues = Queues::new(vec![queue]);
+    for (begun, progress) in [(8, Progress::More), (16, Progress::More), (20, Progress::Drained)] {
+        assert_eq!(worker.process(&mut queues, 0).unwrap(), progress);
+        assert_eq!(queues.get(0).unwrap().positions().0, begun);
+    }
+    worker.quiesce(&mut queues).unwrap();
+    assert_eq!(ring.used_index(), 20);
 }

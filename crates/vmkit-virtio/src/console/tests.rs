@@ -119,6 +119,21 @@ fn buffers_without_room_do_not_keep_the_worker() {
 }
 
 #[test]
+fn a_turn_ends_after_so_much_output_that_a_stop_need_not_wait_long() {
+    let ram = allocate(&RamLayout::pc(2 << 20).unwrap(), Backing::Anonymous).unwrap();
+    let (queue, mut ring) = lone_queue(&ram, 1, 64);
+    let mut queues = Queues::new(vec![queue]);
+    let port = Port::new(String::new(), true, Box::new(std::io::sink())).unwrap();
+    let mut worker = PortWorker::new(Arc::new(port), 0);
+    for _ in 0..20 {
+        ring.add(&[(0x8000, 1 << 20)], &[]);
+    }
+    assert_eq!(worker.process(&mut queues, 1).unwrap(), Progress::More);
+    assert_eq!(ring.used_index(), 16);
+    assert_eq!(worker.process(&mut queues, 1).unwrap(), Progress::Drained);
+}
+
+#[test]
 fn a_resize_is_announced() {
     let console = Console::new(std::io::sink()).unwrap().size(80, 25);
     let size = console.resizer();

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use super::port::{Port, owed};
 use super::{CONTROL_TO_DEVICE, CONTROL_TO_DRIVER, Shared};
 use crate::fault::Rarely;
+use crate::queue::TURN_BYTES;
 use crate::{Chain, Event, Fault, Interest, Poller, Progress, QueueSet, Queues, VirtQueue, Worker};
 
 /// Control events (§5.3.6.2).
@@ -75,7 +76,11 @@ impl PortWorker {
 
     fn take(&mut self, queue: &mut VirtQueue) -> Result<Progress, Fault> {
         let mut output = self.port.output();
+        let mut bytes = 0;
         for _ in 0..queue.size() {
+            if bytes >= TURN_BYTES {
+                break;
+            }
             if !queue.pop(&mut self.chain)? {
                 return Ok(Progress::Drained);
             }
@@ -83,6 +88,7 @@ impl PortWorker {
             if reader.remaining() > MOST_OUTPUT {
                 return Err(Fault::Request("a console buffer of more than a mebibyte"));
             }
+            bytes += reader.remaining();
             while reader.remaining() > 0 {
                 let count = reader.read(&mut self.piece)?;
                 let written = output.write_all(self.piece.get(..count).unwrap_or_default());
