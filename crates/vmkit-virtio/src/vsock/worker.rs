@@ -1,8 +1,12 @@
 //! Packets between a driver's queues and the connections.
 
 use std::io;
+use std::os::unix::net::UnixListener;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::host::Host;
 use super::packet::Header;
@@ -17,6 +21,10 @@ use crate::{
 const LISTENER: u32 = MOST as u32;
 const REQUESTS: u32 = LISTENER + 1;
 const AGAIN: u32 = LISTENER + 2;
+const RETRY: u32 = LISTENER + 3;
+
+/// How long host programs wait for a process without descriptors to have some again.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// Event: the connections of before are gone (§5.10.6.7).
 const TRANSPORT_RESET: u32 = 0;
@@ -30,6 +38,8 @@ pub(super) struct VsockWorker {
     chain: Chain,
     /// Wakes this worker itself.
     again: Wake,
+    /// Has it look at the listening socket again, if there is one.
+    retry: Option<TimerFd>,
     /// Packets of the guest wait until refusals have found buffers.
     held_back: bool,
     /// They need wait no more.
@@ -52,6 +62,7 @@ impl VsockWorker {
             misuse,
             chain: Chain::new(),
             again: Wake::new()?,
+            retry: None,
             held_back: false,
             let_go: false,
         })
@@ -101,6 +112,29 @@ impl VsockWorker {
         Ok(Progress::More)
     }
 
+    /// Accepts the host programs that wait.
+    fn accept_all(&mut self, listener: &UnixListener) {
+        loop {
+            match listener.accept() {
+                Ok((stream, _)) => self.table.greet(stream),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => return,
+                    io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
+                    // Descriptors or memory are short. Those that wait make no event any more.
+                    _ => {
+                        log::warn!("{}: host programs must wait: {error}", self.name);
+                        if let Some(Err(error)) =
+                            self.retry.as_mut().map(|retry| retry.reset(PATIENCE, None))
+                        {
+                            log::error!("{}: for the next to come: {error}", self.name);
+                        }
+                        return;
+                    }
+                },
+            }
+        }
+    }
+
     fn announce(&mut self, queue: &mut VirtQueue) -> Result<Progress, Fault> {
         if !self.restored.load(Ordering::Acquire) {
             return Ok(Progress::Waiting);
@@ -123,6 +157,9 @@ impl Worker for VsockWorker {
         let host = self.host.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(listener) = &host.listener {
             poller.add(listener, LISTENER, Interest::READ)?;
+            let retry = TimerFd::new().map_err(io::Error::from)?;
+            poller.add(&retry, RETRY, Interest::READ)?;
+            self.retry = Some(retry);
         }
         poller.add(&host.wake, REQUESTS, Interest::READ)?;
         poller.add(&self.again, AGAIN, Interest::READ)
@@ -151,10 +188,10 @@ impl Worker for VsockWorker {
     fn event(&mut self, _: &mut Queues, event: Event) -> Result<QueueSet, Fault> {
         let host = self.host.clone();
         match event.token {
-            LISTENER => {
+            LISTENER | RETRY => {
                 let host = host.lock().unwrap_or_else(PoisonError::into_inner);
-                while let Some(Ok((stream, _))) = host.listener.as_ref().map(|l| l.accept()) {
-                    self.table.greet(stream);
+                if let Some(listener) = &host.listener {
+                    self.accept_all(listener);
                 }
             }
             REQUESTS => {
