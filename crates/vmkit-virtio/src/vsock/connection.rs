@@ -239,6 +239,10 @@ impl Connection {
     pub(super) fn shut_down(&mut self, flags: u32) {
         self.deaf |= flags & shutdown::RECEIVE != 0;
         self.mute |= flags & shutdown::SEND != 0;
+        if self.deaf {
+            // A host program that goes on writing is told, and does not wait for ever.
+            let _ = self.stream.shutdown(std::net::Shutdown::Read);
+        }
         self.finish();
     }
 
@@ -248,9 +252,8 @@ impl Connection {
         if !self.mute || self.is_flushed() {
             return false;
         }
+        self.shut_down(shutdown::RECEIVE);
         (self.state, self.owed) = (State::Ending, 0);
-        // What the host program writes from now on reaches nobody.
-        let _ = self.stream.shutdown(std::net::Shutdown::Read);
         true
     }
 

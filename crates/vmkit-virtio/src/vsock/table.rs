@@ -441,4 +441,12 @@ mod tests {
             found.chunks(piece.len()).zip(1..).all(|(piece, n)| *piece == [n; PIECE as usize]);
         assert!(whole && table.len() == 0);
     }
+
+    #[test]
+    fn who_writes_to_a_guest_that_receives_no_more_is_told() {
+        let (mut table, mut streams) = table(&[1]);
+        table.get(0).unwrap().shut_down(1);
+        let error = streams[0].write(b"x").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+    }
 }
