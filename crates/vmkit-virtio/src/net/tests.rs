@@ -1,4 +1,5 @@
 use std::io::{Read, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::*;
 use crate::testing::{EVENT_IDX, FREE, Rig, Ring};
@@ -118,6 +119,54 @@ fn a_frame_that_needs_more_buffers_than_there_are_waits_for_them_at_rest() {
         assert_eq!(rings[0].used(), None);
         lend(&mut rings);
         assert_eq!((rings[0].used(), rings[0].used()), (Some((0, 1526)), Some((1, 1486))));
+    }
+}
+
+/// A network that fails some times before each frame, and has no event for it.
+struct Failing {
+    errors: usize,
+    left: usize,
+    asked: Arc<AtomicUsize>,
+}
+
+impl NetBackend for Failing {
+    fn register(&mut self, _: &crate::Poller) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn event(&mut self, _: crate::Event) {}
+    fn carries_offloads(&self) -> bool {
+        false
+    }
+    fn send(&mut self, _: &[u8], _: &Offload) -> std::io::Result<()> {
+        Ok(())
+    }
+    fn flush(&mut self) {}
+    fn receive(&mut self, into: &mut [u8]) -> std::io::Result<(usize, Offload)> {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        if self.left > 0 {
+            self.left -= 1;
+            return Err(std::io::ErrorKind::Other.into());
+        }
+        self.left = self.errors;
+        into[..60].copy_from_slice(&frame(2, 1, 60));
+        Ok((60, Offload::default()))
+    }
+}
+
+#[test]
+fn a_failed_read_holds_up_no_frames_and_a_network_that_is_gone_keeps_nobody_busy() {
+    for (errors, used) in [(3, 1), (usize::MAX, 0)] {
+        let asked = Arc::new(AtomicUsize::new(0));
+        let network = Failing { errors, left: errors, asked: asked.clone() };
+        let events = EventLoop::new().unwrap();
+        let model = WorkModel::Loop(events.clone());
+        let rig = Rig::new(Mmio::new(Net::new(network)).work(model));
+        let mut rings = rig.activate(0, 64);
+        rings[0].add(&[], &[(BUFFERS, 2048)]);
+        rig.notify(0);
+        assert!(rests(&events));
+        assert_eq!(rings[0].used().is_some(), used == 1, "{errors}");
+        assert!(asked.load(Ordering::Relaxed) < 100);
     }
 }
 

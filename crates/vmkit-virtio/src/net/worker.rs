@@ -13,6 +13,8 @@ use crate::{Chain, Event, Fault, Poller, Progress, QueueSet, Queues, VirtQueue, 
 
 /// Bytes of the header before each frame (§5.1.6).
 const HEADER: usize = 12;
+/// Errors of a network in one turn after which the next is left to an event.
+const MOST_ERRORS: u32 = 8;
 /// Most buffers that one frame is spread over.
 const MOST_BUFFERS: usize = 64;
 
@@ -219,6 +221,7 @@ impl NetWorker {
     fn receive(&mut self, queue: &mut VirtQueue) -> Result<Progress, Fault> {
         let backend = self.backend.clone();
         let mut backend = backend.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut errors = 0;
         for _ in 0..queue.size() {
             if !self.limits.received.ready() {
                 return Ok(Progress::Waiting);
@@ -227,11 +230,17 @@ impl NetWorker {
                 let into = self.incoming.get_mut(HEADER..).unwrap_or_default();
                 match backend.receive(into) {
                     Ok((len, offload)) => self.hold(len, offload),
-                    Err(error) => {
-                        if error.kind() != io::ErrorKind::WouldBlock {
-                            self.errors.log(|n| log::warn!("network: not received {n}: {error}"));
-                        }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                         return Ok(Progress::Waiting);
+                    }
+                    Err(error) => {
+                        self.errors.log(|n| log::warn!("network: not received {n}: {error}"));
+                        // Frames behind it make no event any more, but a network that is gone would
+                        // answer so for ever.
+                        errors += 1;
+                        if errors == MOST_ERRORS {
+                            return Ok(Progress::Waiting);
+                        }
                     }
                 }
             }
