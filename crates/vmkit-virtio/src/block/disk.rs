@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::sync::{PoisonError, RwLock};
 
 use rustix::fs::{FallocateFlags, fallocate};
+use rustix::io::retry_on_intr;
 use vmkit_memory::GuestBuffers;
 
 use crate::lock::FileLock;
@@ -123,7 +124,7 @@ impl Disk for FileDisk {
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        match fallocate(&self.file, mode, offset, len) {
+        match retry_on_intr(|| fallocate(&self.file, mode, offset, len)) {
             // A discard is a hint; a file system that has no holes keeps the bytes.
             Err(rustix::io::Errno::OPNOTSUPP) => Ok(()),
             other => Ok(other?),
@@ -134,7 +135,7 @@ impl Disk for FileDisk {
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         let zero = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
         for mode in if may_unmap { [hole, zero] } else { [zero, zero] } {
-            match fallocate(&self.file, mode, offset, len) {
+            match retry_on_intr(|| fallocate(&self.file, mode, offset, len)) {
                 Err(rustix::io::Errno::OPNOTSUPP) => {}
                 other => return Ok(other?),
             }
