@@ -15,7 +15,6 @@ use vmkit_memory::WriteTracker;
 use crate::cpu::Cpu;
 use crate::cpu::trap::Trap;
 use crate::exec::branch;
-use crate::mem::Table;
 use crate::shared::Message;
 
 impl Cpu {
@@ -247,16 +246,19 @@ impl Cpu {
     /// CMPXCHG16B: compares 16 aligned bytes with `expected`, replaces them by `new` if they are equal,
     /// and returns what was there.
     pub fn exchange_wide(&mut self, linear: u64, expected: u128, new: u128) -> Result<u128, Trap> {
+        let exchange = |host: *mut u8| {
+            // SAFETY: `locked` hands out the aligned address of 16 bytes that the guest may write, and is
+            // asked only if the processor has the instruction.
+            unsafe { exchange_host(host.cast(), expected, new) }
+        };
         if std::arch::is_x86_feature_detected!("cmpxchg16b")
-            && let Some(host) = self.span(Table::Write, linear)?
+            && let Some(old) = self.locked(linear, 16, exchange)?
         {
-            // SAFETY: the span holds 16 bytes (the address is aligned and pages are larger) and is
-            // aligned; the processor has the instruction.
-            return Ok(unsafe { exchange_host(host.as_ptr().cast(), expected, new) });
+            return Ok(old);
         }
+        self.probe_store(linear, 16)?;
         let partition = self.partition.clone();
         let _split = partition.split_lock();
-        self.probe_store(linear, 16)?;
         let old = self.load::<u128>(linear)?;
         self.store(linear, if old == expected { new } else { old })?;
         Ok(old)

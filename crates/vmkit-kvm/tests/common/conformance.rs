@@ -50,6 +50,7 @@ const HOST_TSC: &str = "the guest reads the host's TSC";
 const NO_IN_SERVICE: &str = "interrupts are not kept in service until EOI";
 const NO_STI_WINDOW: &str = "interrupts are looked at some instructions after STI";
 const NO_DATA_BREAKPOINTS: &str = "the emulator does not look at data breakpoints";
+const NO_CMPXCHG16B: &str = "the emulator has no CMPXCHG16B";
 const UNCHECKED_UPPER_BITS: &str = "KVM's emulator drops bits 63:32 of CR0 and CR4";
 const UNCHECKED: &str = "the emulator does not check this";
 
@@ -106,7 +107,9 @@ const EMULATOR_LACKS: &[Exception<'_>] = &[
     ("controllers::a_level_in_service_moves_to_another_partition", NO_IN_SERVICE),
     ("apic::processor_priority", NO_IN_SERVICE),
     ("apic::x2apic_interrupts", NO_STI_WINDOW),
-    ("sharing::compare_and_exchange_of_16_bytes", "the emulator has no CMPXCHG16B"),
+    ("sharing::compare_and_exchange_of_16_bytes", NO_CMPXCHG16B),
+    ("sharing::a_breakpoint_elsewhere_leaves_16_bytes_whole", NO_CMPXCHG16B),
+    ("sharing::locks_beside_code_exclude_each_other", NO_CMPXCHG16B),
 ];
 
 const TCG_ABORTS: &str = "QEMU aborts at a 32-bit IRETD to another ring in a nested guest";

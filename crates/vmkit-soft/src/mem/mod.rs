@@ -150,21 +150,15 @@ impl Cpu {
         f: impl Fn(u64) -> u64,
     ) -> Result<u64, Trap> {
         let bytes = W::BYTES as usize;
-        let place = self.place_slow(linear, bytes)?;
-        if place != 0 && place & (W::BYTES - 1) == 0 {
-            // SAFETY: an aligned write hit for the operand's width.
-            return Ok(unsafe { W::atomic_update(place as *mut W::Int, f) });
-        }
-        if let Found::Code(host, pa) =
-            self.tlb.find_slow(Table::Write, linear, bytes, self.tlb_mode)
-            && host & (W::BYTES - 1) == 0
-        {
-            // SAFETY: the write table holds this page, if for the slow path; the address is aligned.
-            let old = unsafe { W::atomic_update(host as *mut W::Int, f) };
-            self.wrote_beside_code(pa, bytes, linear);
+        let update = |host: *mut u8| {
+            // SAFETY: `locked` hands out the aligned address of as many bytes that the guest may write.
+            unsafe { W::atomic_update(host.cast(), &f) }
+        };
+        if let Some(old) = self.locked(linear, bytes, update)? {
             return Ok(old);
         }
         // A split lock, or a locked access to a device: one at a time in the whole machine.
+        self.probe_store(linear, bytes)?;
         let shared = self.partition.clone();
         let _split = shared.split_lock();
         let old = self.load_slow::<W::Int>(linear, self.tlb_mode)?;
@@ -172,6 +166,39 @@ impl Cpu {
         let new = f(old) & W::MASK;
         self.store_slow(linear, W::Int::truncate(new), self.tlb_mode)?;
         Ok(old)
+    }
+
+    /// Does a locked access of `bytes` at `linear` by a host instruction: `f` gets the host address. None,
+    /// with nothing done, if the operand is not aligned to its size or not in RAM that may be written.
+    /// Only host instructions exclude those of other vCPUs, so this serves pages that hold code, and all
+    /// pages while data breakpoints are armed.
+    pub fn locked<R>(
+        &mut self,
+        linear: u64,
+        bytes: usize,
+        f: impl FnOnce(*mut u8) -> R,
+    ) -> Result<Option<R>, Trap> {
+        let mode = self.check_aligned(linear, bytes, Access::Write, self.tlb_mode)?;
+        if linear & (bytes as u64 - 1) != 0 {
+            return Ok(None);
+        }
+        let (host, pa) = match self.tlb.find_slow(Table::Write, linear, bytes, mode) {
+            Found::Fast(host) => return Ok(Some(f(host as *mut u8))),
+            Found::Code(host, pa) => (host as *mut u8, pa),
+            Found::Miss => {
+                let pa = self.translate_and_fill(linear, Access::Write, mode)?;
+                match self.map.find(pa).filter(|slot| slot.writable) {
+                    Some(slot) => (slot.host(pa), pa),
+                    None => return Ok(None),
+                }
+            }
+        };
+        let result = f(host);
+        self.wrote_beside_code(pa, bytes, linear);
+        if self.watches_data() {
+            self.data_access(linear, bytes, true);
+        }
+        Ok(Some(result))
     }
 
     /// The mode to translate with; raises #AC where alignment is checked and `linear` lacks it, after
