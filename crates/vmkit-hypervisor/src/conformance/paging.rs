@@ -33,6 +33,7 @@ cases! { "paging":
     a_jump_that_faulted_leads_to_its_target "Intel SDM vol. 3A §6.5, faults";
     what_the_supervisor_ran_is_no_code_of_the_users "Intel SDM vol. 3A §4.6.1";
     accessed_and_dirty "Intel SDM vol. 3A §4.8";
+    an_entry_that_is_every_level_is_marked "Intel SDM vol. 3A §4.8";
     a_fault_sets_no_dirty_bit "Intel SDM vol. 3A §4.8";
     a_store_across_a_fault_stores_nothing "Intel SDM vol. 3A §6.5, faults";
     a_fetch_across_a_fault "Intel SDM vol. 3A §6.15, interrupt 14";
@@ -486,6 +487,20 @@ fn accessed_and_dirty(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
     // A write that comes first sets both; so does a read-modify-write after a read.
     ends(&mut guest, write(VA + 0x1000))?;
     ensure_eq!(bits(&guest, PT + 8)?, ACCESSED | DIRTY, "after writing at once");
+    Ok(())
+}
+
+fn an_entry_that_is_every_level_is_marked(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
+    let mut guest = Guest::long(hypervisor)?;
+    // The last entry of the top table leads back to it: the walk meets it four times.
+    let at = tables::PML4 + 511 * 8;
+    guest.write_u64(at, tables::PML4 | PAGE & !0x60)?;
+    guest.load(|a| {
+        asm! { a; mov rbx, -8_i64; mov byte_ptr(rbx + 7), 0; mov rax, qword_ptr(rbx); stop; };
+        Ok(())
+    })?;
+    guest.cpu.finish(&mut Recorder::new())?;
+    ensure_eq!(guest.read_u64(at)?, tables::PML4 | PAGE, "the entry");
     Ok(())
 }
 

@@ -44,6 +44,9 @@ const FAULT_USER: u32 = 4;
 const FAULT_RESERVED: u32 = 8;
 const FAULT_FETCH: u32 = 16;
 
+/// Walks of one translation whose entries another vCPU changes each time: after that many it faults.
+const MAX_WALKS: u32 = 64;
+
 /// The entries a walk went through, to be marked accessed once it is known to succeed.
 struct Path {
     entries: [(u64, u64); 4],
@@ -74,6 +77,22 @@ impl Cpu {
         if !self.cr0().contains(Cr0::PG) {
             return Ok(Translation { pa: linear & 0xFFFF_FFFF, meta: 0 });
         }
+        for _ in 0..MAX_WALKS {
+            if let Some(translation) = self.walk(linear, access, mode)? {
+                return Ok(translation);
+            }
+        }
+        // A guest that does this to itself may have a page fault for it, and may not hold this thread.
+        Err(self.fault(linear, access, mode, FAULT_PRESENT))
+    }
+
+    /// Walks once; none if an entry changed before it could be marked.
+    fn walk(
+        &mut self,
+        linear: u64,
+        access: Access,
+        mode: u64,
+    ) -> Result<Option<Translation>, Trap> {
         if self.efer().contains(Efer::LMA) {
             if !canonical(linear) {
                 self.trap = TrapKind::NonCanonical;
@@ -100,7 +119,7 @@ impl Cpu {
         mode: u64,
         mut table: u64,
         levels: u32,
-    ) -> Result<Translation, Trap> {
+    ) -> Result<Option<Translation>, Trap> {
         let mut path = Path { entries: [(0, 0); 4], len: 0, narrow: false };
         let (mut rights, mut no_execute) = (RW | US, false);
         // The reserved bits of every entry: address bits past the width, and NX while it is off.
@@ -138,7 +157,12 @@ impl Cpu {
     }
 
     /// Four-byte entries: 32-bit paging.
-    fn walk_narrow(&mut self, linear: u64, access: Access, mode: u64) -> Result<Translation, Trap> {
+    fn walk_narrow(
+        &mut self,
+        linear: u64,
+        access: Access,
+        mode: u64,
+    ) -> Result<Option<Translation>, Trap> {
         let mut path = Path { entries: [(0, 0); 4], len: 0, narrow: true };
         let directory = self.control.cr3 & 0xFFFF_F000;
         let at = directory + (linear >> 22 & 0x3FF) * 4;
@@ -196,7 +220,8 @@ impl Cpu {
         if allowed { Ok(()) } else { Err(self.fault(linear, access, mode, FAULT_PRESENT)) }
     }
 
-    /// Marks the path accessed (and the last entry dirty) and makes the translation.
+    /// Marks the path accessed (and the last entry dirty) and makes the translation; none if an entry is
+    /// not what the walk found any more.
     fn finish(
         &mut self,
         path: &Path,
@@ -204,19 +229,19 @@ impl Cpu {
         pa: u64,
         last: u64,
         large: bool,
-    ) -> Translation {
+    ) -> Option<Translation> {
         for (i, &(at, entry)) in path.entries[..path.len].iter().enumerate() {
             let mut want = A;
             if i + 1 == path.len && access == Access::Write {
                 want |= D;
             }
-            if entry & want != want {
-                self.mark_entry(at, want, path.narrow);
+            if entry & want != want && !self.mark_entry(at, entry, want, path.narrow) {
+                return None;
             }
         }
         let global = last & G != 0 && self.cr4().contains(Cr4::PGE);
         let meta = if global { META_GLOBAL } else { 0 } | if large { META_LARGE } else { 0 };
-        Translation { pa, meta }
+        Some(Translation { pa, meta })
     }
 
     fn table_entry(&self, at: u64) -> u64 {
@@ -233,17 +258,24 @@ impl Cpu {
         u64::from(cell.load(Ordering::Relaxed))
     }
 
-    fn mark_entry(&self, at: u64, bits: u64, narrow: bool) {
-        let Some(slot) = self.map.find(at).filter(|slot| slot.writable) else { return };
-        if narrow {
+    /// Sets `bits` in an entry that is still `entry`; false if it is not.
+    fn mark_entry(&self, at: u64, entry: u64, bits: u64, narrow: bool) -> bool {
+        let Some(slot) = self.map.find(at).filter(|slot| slot.writable) else { return true };
+        let new = entry | bits;
+        let (success, failure) = (Ordering::SeqCst, Ordering::Relaxed);
+        let marked = if narrow {
             // SAFETY: as in `table_entry_narrow`.
             unsafe { AtomicU32::from_ptr(slot.host(at).cast()) }
-                .fetch_or(bits as u32, Ordering::Relaxed);
+                .compare_exchange(entry as u32, new as u32, success, failure)
+                .is_ok()
         } else {
             // SAFETY: as in `table_entry`.
-            unsafe { AtomicU64::from_ptr(slot.host(at).cast()) }.fetch_or(bits, Ordering::Relaxed);
-        }
+            unsafe { AtomicU64::from_ptr(slot.host(at).cast()) }
+                .compare_exchange(entry, new, success, failure)
+                .is_ok()
+        };
         slot.mark_dirty(at);
+        marked
     }
 
     /// Loads the four page-directory-pointer entries that PAE paging keeps inside the processor
@@ -267,4 +299,26 @@ impl Cpu {
 #[inline(always)]
 pub(crate) fn canonical(linear: u64) -> bool {
     (linear as i64) << 16 >> 16 == linear as i64
+}
+
+#[cfg(test)]
+mod tests {
+    use vmkit_device::memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::testing::Bench;
+
+    #[test]
+    fn an_entry_that_is_another_by_now_is_not_marked() {
+        let bench = Bench::long();
+        let at = GuestAddress(0x5000);
+        for narrow in [false, true] {
+            bench.ram.write_obj(0_u64, at).unwrap();
+            assert!(!bench.cpu.mark_entry(at.0, 0x7007, A | D, narrow));
+            assert_eq!(bench.ram.read_obj::<u64>(at).unwrap(), 0);
+            bench.ram.write_obj(0x7007_u64, at).unwrap();
+            assert!(bench.cpu.mark_entry(at.0, 0x7007, A | D, narrow));
+            assert_eq!(bench.ram.read_obj::<u64>(at).unwrap(), 0x7067);
+        }
+    }
 }
