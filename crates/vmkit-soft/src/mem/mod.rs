@@ -424,6 +424,8 @@ impl Cpu {
                 // SAFETY: the bytes lie in one page, which lies in the slot; `bytes` is not guest memory.
                 unsafe { copy_out(slot.host(pa), bytes) };
                 slot.mark_dirty(pa);
+                // The store before the look at the watch: who decodes sets the watch and then reads.
+                fence(Ordering::SeqCst);
                 if slot.tracker.watched_lines(slot.page(pa)) != 0 {
                     self.wrote_code(pa, bytes.len());
                 }
