@@ -332,16 +332,31 @@ impl Cpu {
     }
 }
 
+/// A run. Whichever way it ends, a panic among them, the vCPU is outside guest code afterwards, or others
+/// would wait for it without end, and the callbacks are their owner's.
+struct Running<'a>(&'a mut SoftVcpu);
+
+impl<'a> Running<'a> {
+    fn enter(vcpu: &'a mut SoftVcpu, io: &'a mut dyn VcpuIo) -> Self {
+        vcpu.cpu.lend_io(io);
+        vcpu.cpu.shared.enter();
+        vcpu.cpu.fp_enter();
+        Self(vcpu)
+    }
+}
+
+impl Drop for Running<'_> {
+    fn drop(&mut self) {
+        let cpu = &mut self.0.cpu;
+        cpu.fp_leave();
+        cpu.shared.leave();
+        cpu.return_io();
+    }
+}
+
 impl Vcpu for SoftVcpu {
     fn run(&mut self, io: &mut dyn VcpuIo) -> Result<VmExit> {
-        self.cpu.lend_io(io);
-        self.cpu.shared.enter();
-        self.cpu.fp_enter();
-        let end = self.run_loop();
-        self.cpu.fp_leave();
-        self.cpu.shared.leave();
-        self.cpu.return_io();
-        end
+        Running::enter(self, io).0.run_loop()
     }
 
     fn kick(&self) -> Kick {
@@ -359,5 +374,43 @@ impl Vcpu for SoftVcpu {
 
     fn instructions(&self) -> Option<u64> {
         Some(self.cpu.instructions)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    use vmkit_device::Clock;
+    use vmkit_hypervisor::{Hypervisor, PartitionSpec};
+    use vmkit_irqchip::{LapicConfig, LocalApic};
+
+    use super::*;
+    use crate::testing::Silence;
+
+    /// A clock that stops whoever asks it.
+    struct Broken;
+
+    impl Clock for Broken {
+        fn now(&self) -> Duration {
+            panic!("nobody knows what time it is");
+        }
+        fn wall(&self) -> Duration {
+            Duration::ZERO
+        }
+    }
+
+    #[test]
+    fn a_panic_leaves_the_vcpu_outside_guest_code() {
+        let spec = PartitionSpec::new(1, Arc::new(Broken));
+        let partition = Arc::new(PartitionInner::new(&spec));
+        let features = crate::SoftHypervisor::new().capabilities().features;
+        let model = CpuModel::with_features("test", features);
+        let shared = Arc::new(VcpuShared::new(LocalApic::new(LapicConfig::new(0))));
+        let mut vcpu = SoftVcpu::new(0, &model, partition, shared.clone());
+        catch_unwind(AssertUnwindSafe(|| vcpu.run(&mut Silence))).unwrap_err();
+        // Else whoever posts it something waits for ever.
+        assert!(!shared.inside());
+        assert!(vcpu.cpu.io.is_none());
     }
 }
