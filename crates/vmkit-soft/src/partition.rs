@@ -230,10 +230,8 @@ fn hand_over(vcpus: &[Arc<VcpuShared>], index: usize, message: &ApicMessage) {
     let event = vcpu.apic().accept(message);
     match event {
         Some(CpuEvent::Nmi) => vcpu.nmi.store(true, Ordering::SeqCst),
-        Some(CpuEvent::Init) => vcpu.init.store(true, Ordering::SeqCst),
-        Some(CpuEvent::Sipi(vector)) => {
-            vcpu.sipi.store(0x100 | u32::from(vector), Ordering::SeqCst);
-        }
+        Some(CpuEvent::Init) => vcpu.post_init(),
+        Some(CpuEvent::Sipi(vector)) => vcpu.post_sipi(vector),
         Some(CpuEvent::Smi) | None => {}
     }
     vcpu.notify();

@@ -24,6 +24,11 @@ const OUTSIDE: u8 = 0;
 /// The vCPU runs guest code.
 const INSIDE: u8 = 1;
 
+/// An INIT has come.
+const INIT: u32 = 0x200;
+/// A start-up IPI has come, after INIT if there is one.
+const SIPI: u32 = 0x100;
+
 /// The shared part of a vCPU.
 pub(crate) struct VcpuShared {
     /// The instruction count at which the run loop looks at kicks, interrupts, the inbox and the
@@ -38,9 +43,9 @@ pub(crate) struct VcpuShared {
     sleep: Mutex<()>,
     wake: Condvar,
     pub nmi: AtomicBool,
-    pub init: AtomicBool,
-    /// Start-up IPI: vector plus 0x100, or 0.
-    pub sipi: AtomicU32,
+    /// INIT and start-up IPI that have come, in one word because their order counts: `INIT`, `SIPI`, and the
+    /// start-up IPI's vector.
+    startup: AtomicU32,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -59,8 +64,7 @@ impl VcpuShared {
             sleep: Mutex::new(()),
             wake: Condvar::new(),
             nmi: AtomicBool::new(false),
-            init: AtomicBool::new(false),
-            sipi: AtomicU32::new(0),
+            startup: AtomicU32::new(0),
         }
     }
 
@@ -92,6 +96,27 @@ impl VcpuShared {
     /// Somebody asked since [`begin_looking`](Self::begin_looking).
     pub fn asked(&self) -> bool {
         self.attention.load(Ordering::SeqCst)
+    }
+
+    /// An INIT comes. A start-up IPI from before it is void.
+    pub fn post_init(&self) {
+        self.startup.store(INIT, Ordering::SeqCst);
+    }
+
+    /// A start-up IPI comes. The first after an INIT counts.
+    pub fn post_sipi(&self, vector: u8) {
+        let post = |now| (now & SIPI == 0).then_some(now | SIPI | u32::from(vector));
+        // If it is not the first, nothing is to be done.
+        let _ = self.startup.fetch_update(Ordering::SeqCst, Ordering::SeqCst, post);
+    }
+
+    /// Takes INIT and start-up IPI, which came in this order.
+    pub fn take_startup(&self) -> (bool, Option<u8>) {
+        if self.startup.load(Ordering::SeqCst) == 0 {
+            return (false, None);
+        }
+        let word = self.startup.swap(0, Ordering::SeqCst);
+        (word & INIT != 0, (word & SIPI != 0).then_some(word as u8))
     }
 
     /// Sets the sticky kick.
@@ -156,5 +181,27 @@ impl VcpuShared {
             Some(limit) => drop(self.wake.wait_timeout(guard, limit)),
             None => drop(self.wake.wait(guard)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmkit_irqchip::LapicConfig;
+
+    use super::*;
+
+    #[test]
+    fn init_and_sipi_are_taken_in_their_order() {
+        let shared = VcpuShared::new(LocalApic::new(LapicConfig::new(1)));
+        shared.post_init();
+        shared.post_sipi(8);
+        shared.post_sipi(9);
+        assert_eq!(shared.take_startup(), (true, Some(8)));
+        assert_eq!(shared.take_startup(), (false, None));
+        shared.post_sipi(8);
+        shared.post_init();
+        assert_eq!(shared.take_startup(), (true, None));
+        shared.post_sipi(0);
+        assert_eq!(shared.take_startup(), (false, Some(0)));
     }
 }

@@ -84,18 +84,7 @@ impl SoftVcpu {
             if shared.take_kick() {
                 return Some(VmExit::Kicked);
             }
-            if shared.init.swap(false, Ordering::SeqCst) {
-                cpu.accept_init();
-            }
-            if cpu.wait_for_sipi {
-                let sipi = shared.sipi.swap(0, Ordering::SeqCst);
-                if sipi != 0 {
-                    cpu.wait_for_sipi = false;
-                    cpu.sipi(sipi as u8);
-                }
-            } else {
-                shared.sipi.store(0, Ordering::SeqCst);
-            }
+            cpu.take_startup();
             let deadline = cpu.advance_timers();
             match self.cpu.take_event() {
                 Some(Taken::Shutdown) => return Some(VmExit::Shutdown),
@@ -306,11 +295,22 @@ impl Cpu {
         Some(self.take_interrupt(vector))
     }
 
-    fn accept_init(&mut self) {
-        self.init();
-        self.shared.apic().init();
-        self.halted = false;
-        self.wait_for_sipi = self.index != 0;
+    /// Does what INIT and start-up IPI ask for, if they have come.
+    pub fn take_startup(&mut self) {
+        let (init, sipi) = self.shared.take_startup();
+        if init {
+            self.init();
+            self.shared.apic().init();
+            self.halted = false;
+            self.wait_for_sipi = self.index != 0;
+        }
+        // One that nobody waits for is nothing.
+        if let Some(vector) = sipi
+            && self.wait_for_sipi
+        {
+            self.wait_for_sipi = false;
+            self.sipi(vector);
+        }
     }
 
     /// The instruction at RIP, for a report.

@@ -23,6 +23,7 @@ use crate::{Hypervisor, StateSet, VmExit};
 cases! { "smp":
     init_and_sipi_start_a_processor "Intel SDM vol. 3A §9.4.4" [Need::Vcpus(2)];
     a_started_processor_is_as_after_init "Intel SDM vol. 3A §10.1.1, table 10-1" [Need::Vcpus(2)];
+    what_starts_a_processor_is_in_its_state "the contract: MpState" [Need::Vcpus(2)];
     init_stops_a_running_processor "Intel SDM vol. 3A §9.4.2" [Need::Vcpus(2)];
     a_kick_ends_the_wait_for_sipi "the contract: Vcpu::kick" [Need::Vcpus(2)];
     fixed_ipi "Intel SDM vol. 3A §11.6.1" [Need::Vcpus(2)];
@@ -135,6 +136,30 @@ fn a_started_processor_is_as_after_init(hypervisor: &dyn Hypervisor) -> Result<(
     ensure_eq!(state.control.cr0 & !0x6000_0000, 0x10, "CR0");
     ensure_eq!((state.control.cr4, state.control.efer), (0, 0), "CR4 and EFER");
     ensure_eq!(state.mp, MpState::Runnable, "MP state");
+    Ok(())
+}
+fn what_starts_a_processor_is_in_its_state(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
+    let mut guest = Guest::new(hypervisor, Mode::Long, 2)?;
+    // OUT STOP_PORT, AL is the first instruction.
+    guest.write(u64::from(SIPI_PAGE) << 12, &[0xE6, 0xF4])?;
+    guest.load(|a| {
+        send_init_sipi(a)?;
+        asm! { a; stop; };
+        Ok(())
+    })?;
+    // It has not run when they come, as when all vCPUs are stopped for a snapshot.
+    let mut other = guest.add_cpu(1)?;
+    guest.cpu.finish(&mut Recorder::new())?;
+    let state = other.get(StateSet::all())?;
+    let selector = (SIPI_PAGE as u16) << 8;
+    ensure_eq!((state.mp, state.segments.cs.selector), (MpState::Runnable, selector), "state");
+    // Another goes on from there.
+    let twin = Guest::new(hypervisor, Mode::Long, 2)?;
+    twin.write(u64::from(SIPI_PAGE) << 12, &[0xE6, 0xF4])?;
+    let mut other = twin.add_cpu(1)?;
+    other.set(StateSet::all(), &state)?;
+    other.finish(&mut Recorder::new())?;
+    ensure_eq!(other.get(StateSet::GENERAL)?.general.rip, 2, "RIP");
     Ok(())
 }
 fn init_stops_a_running_processor(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {

@@ -33,6 +33,10 @@ fn check(fine: bool, why: impl FnOnce() -> String) -> Result<(), HypervisorError
 impl Cpu {
     /// Reads the parts named by `what` into `out`.
     pub fn get_state(&mut self, what: StateSet, out: &mut VcpuState) {
+        if what.contains(StateSet::MP) {
+            // They belong to the state, and have no other place in it.
+            self.take_startup();
+        }
         let now = self.partition.clock_ns();
         if what.contains(StateSet::GENERAL) {
             let mut gpr = [0; 16];
@@ -196,6 +200,8 @@ impl Cpu {
             self.shared.nmi.store(from.events.nmi_pending, std::sync::atomic::Ordering::SeqCst);
         }
         if what.contains(StateSet::MP) {
+            // What came before belongs to the state that this one replaces.
+            self.shared.take_startup();
             self.halted = from.mp == MpState::Halted;
             self.wait_for_sipi = from.mp == MpState::WaitForSipi;
         }
