@@ -4,7 +4,7 @@
 //! Locks are taken in this order and none is held across a callback: chips, then a local APIC. A
 //! vCPU's own state is never locked; others reach it through its inbox ([`crate::shared`]).
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 use std::{io, thread};
@@ -44,6 +44,8 @@ pub(crate) struct PartitionInner {
     vcpus: RwLock<Vec<Arc<VcpuShared>>>,
     chips: Mutex<Board>,
     split: Mutex<()>,
+    /// The controllers were loaded and no vCPU has run since.
+    resample: AtomicBool,
     /// vCPUs that nothing inside the partition can wake.
     dead: AtomicU32,
 }
@@ -67,6 +69,7 @@ impl PartitionInner {
             vcpus: RwLock::default(),
             chips: Mutex::new(Board::new()),
             split: Mutex::new(()),
+            resample: AtomicBool::new(false),
             dead: AtomicU32::new(0),
         }
     }
@@ -167,6 +170,14 @@ impl PartitionInner {
         let mut chips = self.chips();
         if chips.ioapic.awaits_eoi(vector) {
             chips.ioapic.eoi(vector, &mut |message| self.deliver(&message));
+        }
+    }
+
+    /// A vCPU enters its run. By now the local APICs are loaded, too, if the controllers were: what
+    /// these were in the midst of sending goes out.
+    pub fn running(&self) {
+        if self.resample.load(Ordering::SeqCst) && self.resample.swap(false, Ordering::SeqCst) {
+            self.chips().ioapic.resample(&mut |message| self.deliver(&message));
         }
     }
 
@@ -379,7 +390,9 @@ impl Partition for SoftPartition {
         let mut chips = self.inner.chips();
         chips
             .load(&from.pic, &from.ioapic, &from.pit, now)
-            .map_err(|error| HypervisorError::State(error.to_string()))
+            .map_err(|error| HypervisorError::State(error.to_string()))?;
+        self.inner.resample.store(true, Ordering::SeqCst);
+        Ok(())
     }
 }
 

@@ -338,6 +338,7 @@ struct Running<'a>(&'a mut SoftVcpu);
 
 impl<'a> Running<'a> {
     fn enter(vcpu: &'a mut SoftVcpu, io: &'a mut dyn VcpuIo) -> Self {
+        vcpu.cpu.partition.running();
         vcpu.cpu.lend_io(io);
         vcpu.cpu.shared.enter();
         vcpu.cpu.fp_enter();

@@ -28,6 +28,7 @@ cases! { "controllers":
     pic_masks "8259A, OCW1";
     saved_state_has_what_the_guest_wrote "the contract: Partition::save";
     a_level_in_service_moves_to_another_partition "the contract: Partition::save, load";
+    a_level_that_was_not_sent_yet_moves_to_another_partition "the contract: Partition::save, load";
     a_storm_of_levels_moves_between_eoi_and_the_next "the contract: Partition::save, load";
     irqfd_pulses_an_input "the contract: InterruptSink::attach_irqfd";
 }
@@ -397,6 +398,26 @@ fn a_level_in_service_moves_to_another_partition(
     to_pause(&mut twin, &mut io)?;
     twin.interrupts.set_level(9, false);
     to_pause(&mut twin, &mut io)
+}
+
+fn a_level_that_was_not_sent_yet_moves_to_another_partition(
+    hypervisor: &dyn Hypervisor,
+) -> Result<(), Failure> {
+    let (mut guest, mut io) = paused(hypervisor, |a| {
+        apic_on(a)?;
+        ioapic_route(a, 9, 0x59 | LEVEL)?;
+        pause(a)?;
+        a.sti()?;
+        window(a)?;
+        pause(a)
+    })?;
+    let (state, mut chips) = (guest.cpu.get(StateSet::all())?, guest.partition.save()?);
+    // As saved between the wire's going high and the message.
+    chips.ioapic.levels |= 1 << 9;
+    let mut twin = guest.twin(hypervisor, &state, &chips)?;
+    // Once more: controllers in the host's kernel send as they are loaded, to a local APIC that is there.
+    twin.partition.load(&chips)?;
+    delivered(&mut twin, &mut io, 0x59)
 }
 
 /// How often the storm moves.
