@@ -14,6 +14,8 @@ use crate::{Chain, Event, Fault, Interest, Poller, Progress, QueueSet, Queues, V
 
 /// Most requests in flight.
 const MOST_IN_FLIGHT: u16 = 256;
+/// Bytes in flight from which on none is begun: a stop waits for all of them.
+const MOST_BYTES_IN_FLIGHT: u64 = 64 << 20;
 
 pub(super) struct RingWorker {
     queue: u16,
@@ -25,7 +27,9 @@ pub(super) struct RingWorker {
     chain: Chain,
     /// The requests in flight, by the number of their operation.
     flights: Vec<Flight>,
-    /// Requests were left in the queue because as many were in flight as may be.
+    /// Bytes they read and write.
+    bytes: u64,
+    /// Requests were left in the queue because as many, or as much, was in flight as may be.
     full: bool,
 }
 
@@ -35,6 +39,8 @@ struct Flight {
     chain: Chain,
     /// Bytes of guest memory it fills, without its status.
     fills: u64,
+    /// Bytes it reads or writes.
+    bytes: u64,
     /// It is a write that must be durable before it is done.
     then_sync: bool,
 }
@@ -51,7 +57,22 @@ impl RingWorker {
         let entries = size.min(MOST_IN_FLIGHT);
         let ring = FileRing::new(file, memory.clone(), entries)?;
         let flights = (0..entries).map(|_| Flight::default()).collect();
-        Ok(Self { queue, target, limiter, ring, memory, chain: Chain::new(), flights, full: false })
+        Ok(Self {
+            queue,
+            target,
+            limiter,
+            ring,
+            memory,
+            chain: Chain::new(),
+            flights,
+            bytes: 0,
+            full: false,
+        })
+    }
+
+    /// True if another request may be begun.
+    fn has_room(&mut self) -> bool {
+        self.bytes < MOST_BYTES_IN_FLIGHT && self.ring.entry().is_some()
     }
 
     /// Takes requests until none is left, none may be begun, or others should have their turn.
@@ -65,10 +86,10 @@ impl RingWorker {
             if !self.limiter.ready() {
                 return Ok(Progress::Waiting);
             }
-            if self.ring.entry().is_none() {
+            if !self.has_room() {
                 self.submit()?;
                 self.reap(Some(&mut *queue))?;
-                if self.ring.entry().is_none() {
+                if !self.has_room() {
                     self.full = true;
                     return Ok(Progress::Waiting);
                 }
@@ -90,15 +111,15 @@ impl RingWorker {
         let action = self.target.action(&request);
         let Some(entry) = self.ring.entry() else { return Ok(()) };
         let number = entry.number();
+        let bytes = match action {
+            Action::Read { .. } => fills,
+            Action::Write { .. } => request.from.remaining(),
+            _ => 0,
+        };
+        *work += bytes;
         let begun = match action {
-            Action::Read { offset } => {
-                *work += request.data.remaining();
-                entry.read(offset, request.data.pieces())
-            }
-            Action::Write { offset } => {
-                *work += request.from.remaining();
-                entry.write(offset, request.from.pieces())
-            }
+            Action::Read { offset } => entry.read(offset, request.data.pieces()),
+            Action::Write { offset } => entry.write(offset, request.from.pieces()),
             Action::Flush => entry.sync(),
             Action::Other => {
                 let written = self.target.perform(request, work)?;
@@ -110,6 +131,7 @@ impl RingWorker {
             std::mem::swap(&mut flight.chain, &mut self.chain);
             let is_write = matches!(action, Action::Write { .. });
             flight.fills = if matches!(action, Action::Read { .. }) { fills } else { 0 };
+            (flight.bytes, self.bytes) = (bytes, self.bytes + bytes);
             flight.then_sync = is_write && self.target.writes_are_durable();
         }
         Ok(())
@@ -138,6 +160,7 @@ impl RingWorker {
                 }
                 continue;
             }
+            self.bytes -= std::mem::take(&mut flight.bytes);
             let Some(queue) = queue.as_deref_mut() else { continue };
             let status = self.target.done(result);
             let fills = if status == Status::Ok { flight.fills } else { 0 };
@@ -165,7 +188,7 @@ impl Worker for RingWorker {
         // What was in the page cache is done by now.
         self.reap(Some(queue))?;
         // Perhaps the last in flight is done, so that no event comes for what was left.
-        if self.full && self.ring.entry().is_some() {
+        if self.full && self.has_room() {
             return Ok(Progress::More);
         }
         Ok(progress)

@@ -252,3 +252,36 @@ fn a_turn_ends_after_so_much_work_that_a_stop_need_not_wait_long() {
     worker.quiesce(&mut queues).unwrap();
     assert_eq!(ring.used_index(), 20);
 }
+
+#[test]
+fn a_slow_disk_has_no_more_bytes_in_flight_than_a_stop_can_wait_for() {
+    if block(&image()).is_none() {
+        return;
+    }
+    // What is never written to is slower than any disk.
+    let (reader, writer) = std::io::pipe().unwrap();
+    let file = File::from(std::os::fd::OwnedFd::from(reader));
+    let ram = allocate(&RamLayout::pc(32 << 20).unwrap(), Backing::Anonymous).unwrap();
+    let (queue, mut ring) = lone_queue(&ram, 0, 64);
+    for _ in 0..10 {
+        ring.add(&[(0x4000, 16)], &[(0x10_0000, 16 << 20), (0x4100, 1)]);
+    }
+    let clock: Arc<dyn vmkit_device::Clock> = Arc::new(vmkit_device::ManualClock::default());
+    let limiter = Limiter::new(&Budget::new(RateLimit::new()), &clock).unwrap();
+    let disk = Arc::new(MemoryDisk::new(vec![0; 16 << 20]));
+    let target = RequestTarget::new("slow".into(), disk, 0, false, [0; SERIAL_LEN]);
+    let mut worker = RingWorker::new((0, 64), target, limiter, file, ram.clone()).unwrap();
+    // Dropped before the worker, which waits for what is in flight.
+    let writer = writer;
+    let mut queues = Queues::new(vec![queue]);
+    let turns = (0..9).map(|_| worker.process(&mut queues, 0).unwrap());
+    assert_eq!(turns.filter(|turn| *turn == Progress::Waiting).count(), 5);
+    assert_eq!((queues.get(0).unwrap().positions().0, ring.used_index()), (4, 0));
+    // All fail now, and those that waited have their turn.
+    drop(writer);
+    worker.quiesce(&mut queues).unwrap();
+    assert_eq!(ring.used_index(), 4);
+    while worker.process(&mut queues, 0).unwrap() != Progress::Drained {}
+    worker.quiesce(&mut queues).unwrap();
+    assert_eq!(ring.used_index(), 10);
+}
