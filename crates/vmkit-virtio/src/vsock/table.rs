@@ -418,10 +418,10 @@ mod tests {
             let header = Header { src_port: 1000, dst_port: 1, op, flags, len, ..CREDIT };
             table.handle(&header, &mut chain.reader(&ram), &host).unwrap().unwrap();
         };
-        let mut sent: u8 = 0;
+        let mut sent = 0_usize;
         while table.get(0).unwrap().is_flushed() {
             sent += 1;
-            ram.write_slice(&[sent; PIECE as usize], GuestAddress(AT)).unwrap();
+            ram.write_slice(&[sent as u8; PIECE as usize], GuestAddress(AT)).unwrap();
             tell(&mut table, op::RW, 0, PIECE);
         }
         tell(&mut table, op::SHUTDOWN, 3, 0);
@@ -430,16 +430,16 @@ mod tests {
         assert_eq!((table.len(), table.by_key.len(), hear(&mut table, &ram)), (1, 0, None));
         let mut found = Vec::new();
         let mut piece = [0; PIECE as usize];
-        while found.len() < usize::from(sent) * piece.len() {
+        while found.len() < sent * piece.len() {
             let count = streams[0].read(&mut piece).unwrap();
             assert_ne!(count, 0, "{} of {sent} pieces", found.len() / piece.len());
             found.extend_from_slice(&piece[..count]);
             table.socket_event(0, false, true);
         }
         assert_eq!(streams[0].read(&mut piece).unwrap(), 0);
-        let whole =
-            found.chunks(piece.len()).zip(1..).all(|(piece, n)| *piece == [n; PIECE as usize]);
-        assert!(whole && table.len() == 0);
+        let mut pieces = found.chunks(piece.len()).zip(1_usize..);
+        assert!(pieces.all(|(piece, n)| *piece == [n as u8; PIECE as usize]));
+        assert_eq!(table.len(), 0);
     }
 
     #[test]
