@@ -1,9 +1,10 @@
 use std::io::Write;
 
 use tempfile::NamedTempFile;
+use vmkit_memory::{Backing, RamLayout, allocate};
 
 use super::*;
-use crate::testing::{FREE, Rig, Ring};
+use crate::testing::{FREE, Rig, Ring, lone_queue};
 use crate::{Mmio, WorkModel};
 
 fn file(bytes: u64) -> NamedTempFile {
@@ -94,5 +95,23 @@ fn saved_state_fits_only_memory_like_it() {
         let device = save(other).0;
         let error = device.load(&sections).unwrap_err().to_string();
         assert!(error.contains("saved with other memory"), "{error}");
+    }
+}
+
+#[test]
+fn a_turn_ends_after_so_many_flushes_that_a_stop_need_not_wait_long() {
+    let ram = allocate(&RamLayout::pc(1 << 20).unwrap(), Backing::Anonymous).unwrap();
+    let (queue, mut ring) = lone_queue(&ram, 0, 8);
+    let mut queues = Queues::new(vec![queue]);
+    let image = file(BLOCK);
+    let pmem = Pmem::file(image.path()).unwrap();
+    let mut worker =
+        PmemWorker { name: "pmem".into(), memory: pmem.memory.clone(), chain: Chain::new() };
+    for _ in 0..6 {
+        ring.add(&[(0x8000, 4)], &[(0x9000, 4)]);
+    }
+    for (progress, used) in [(Progress::More, 4), (Progress::Drained, 6)] {
+        assert_eq!(worker.process(&mut queues, 0).unwrap(), progress);
+        assert_eq!(ring.used_index(), used);
     }
 }
