@@ -6,6 +6,7 @@
 #![allow(unsafe_code, reason = "holds the run's callbacks by pointer")]
 
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use vmkit_hypervisor::{IoFlow, VcpuIo};
@@ -160,20 +161,51 @@ impl Cpu {
         self.shared.ask();
     }
 
-    /// Code may be decoded from the page of `pa` from now on: makes every vCPU's writes to it slow
-    /// before this returns, unless they are already.
-    pub fn watch_page(&mut self, pa: u64) {
-        let Some(slot) = self.map.find(pa) else { return };
-        let lines = WriteTracker::lines_of(pa, pa);
-        if slot.tracker.watch_lines(slot.page(pa), lines) != 0 {
-            return;
-        }
-        let page = pa & !0xFFF;
-        self.tlb.page_holds_code(page);
+    /// Code is decoded from `bytes` bytes at `pa`, which lie in one page: whoever writes to their lines
+    /// after this tells of it.
+    pub fn watch(&mut self, pa: u64, bytes: usize) {
         let partition = self.partition.clone();
         if partition.vcpu_limit() == 1 {
+            self.watch_lines(pa, bytes);
             return;
         }
+        loop {
+            let map = self.map.clone();
+            let watching = partition.watching(pa);
+            watching.fetch_add(1, Ordering::SeqCst);
+            // A page that was watched is heeded by all, unless who watched it first is still at it.
+            if !self.watch_lines(pa, bytes) || watching.load(Ordering::SeqCst) != 1 {
+                self.make_writes_slow(pa & !0xFFF);
+            }
+            watching.fetch_sub(1, Ordering::SeqCst);
+            // Else there is another page by now, which nobody watches.
+            if Arc::ptr_eq(&map, &self.map) {
+                return;
+            }
+        }
+    }
+
+    /// Watches lines; true if their page was watched already, or there is no RAM.
+    fn watch_lines(&mut self, pa: u64, bytes: usize) -> bool {
+        let Some(slot) = self.map.find(pa) else { return true };
+        let lines = WriteTracker::lines_of(pa, pa + bytes.max(1) as u64 - 1);
+        let before = slot.tracker.watch_lines(slot.page(pa), lines);
+        if before == 0 {
+            self.tlb.page_holds_code(pa & !0xFFF);
+        }
+        before != 0
+    }
+
+    /// True if all lines that [`watch`](Self::watch) was asked for are watched still.
+    pub fn watches(&self, pa: u64, bytes: usize) -> bool {
+        let lines = WriteTracker::lines_of(pa, pa + bytes.max(1) as u64 - 1);
+        self.map.find(pa).is_none_or(|slot| !slot.tracker.watched_lines(slot.page(pa)) & lines == 0)
+    }
+
+    /// Has every vCPU look at the watch when it writes to a page.
+    fn make_writes_slow(&mut self, page: u64) {
+        let partition = self.partition.clone();
+        self.tlb.page_holds_code(page);
         partition.post_others(Message::CodePage { page, from: self.index }, self.index);
         while !partition.others_settled(self.index) {
             // They may be waiting for this one in turn.

@@ -32,6 +32,10 @@ const DEFAULT_TSC_KHZ: u32 = 1_000_000;
 /// Most vCPUs of a partition.
 pub(crate) const MAX_VCPUS: u32 = 64;
 
+/// Counters of vCPUs that are about to watch a page: more than one, so that vCPUs which decode from
+/// different pages do not wait for each other.
+const WATCHING: usize = 64;
+
 /// What vCPUs and embedder share.
 pub(crate) struct PartitionInner {
     clock: Arc<dyn Clock>,
@@ -44,6 +48,9 @@ pub(crate) struct PartitionInner {
     vcpus: RwLock<Vec<Arc<VcpuShared>>>,
     chips: Mutex<Board>,
     split: Mutex<()>,
+    /// vCPUs that are about to watch a page, by the page's number: while there is one, a watched page may
+    /// not be in force everywhere.
+    watching: [AtomicU32; WATCHING],
     /// The controllers were loaded and no vCPU has run since.
     resample: AtomicBool,
     /// vCPUs that nothing inside the partition can wake.
@@ -69,6 +76,7 @@ impl PartitionInner {
             vcpus: RwLock::default(),
             chips: Mutex::new(Board::new()),
             split: Mutex::new(()),
+            watching: [const { AtomicU32::new(0) }; WATCHING],
             resample: AtomicBool::new(false),
             dead: AtomicU32::new(0),
         }
@@ -118,6 +126,12 @@ impl PartitionInner {
         if let Some(vcpu) = self.vcpus().get(to as usize) {
             vcpu.post(message);
         }
+    }
+
+    /// How many vCPUs are between setting their watch on a page (or on another that shares the counter)
+    /// and knowing that all vCPUs heed it.
+    pub fn watching(&self, page: u64) -> &AtomicU32 {
+        &self.watching[(page / PAGE_SIZE) as usize % WATCHING]
     }
 
     /// True when every vCPU but `from` has seen its inbox, or will before it executes again.
@@ -412,5 +426,39 @@ impl InterruptSink for Sink {
 
     fn attach_irqfd(&self, _: &EventFd, _: u32) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmkit_device::ManualClock;
+    use vmkit_device::memory::{Backing, region_at};
+    use vmkit_hypervisor::Hypervisor;
+
+    use super::*;
+    use crate::cpu::Cpu;
+
+    #[test]
+    fn a_watch_that_may_not_be_in_force_yet_is_not_relied_on() {
+        let spec = PartitionSpec::new(2, Arc::new(ManualClock::default()));
+        let partition = SoftPartition { inner: Arc::new(PartitionInner::new(&spec)) };
+        let region = region_at(GuestAddress(0), 1 << 20, Backing::Anonymous).unwrap();
+        partition.map(GuestAddress(0), Arc::new(region), MapAccess::WRITE).unwrap();
+        let features = crate::SoftHypervisor::new().capabilities().features;
+        let model = CpuModel::with_features("test", features);
+        let _vcpus = [0, 1].map(|index| partition.create_vcpu(index, &model).unwrap());
+        let inner = &partition.inner;
+        let shared: Vec<_> = inner.vcpus().clone();
+        let mut cpu = Cpu::new(0, &model, inner.clone(), shared[0].clone());
+        let told = [Message::CodePage { page: 0x5000, from: 0 }];
+
+        cpu.watch(0x5000, 1);
+        assert_eq!(shared[1].take_messages(), told);
+        cpu.watch(0x5040, 1);
+        assert_eq!(shared[1].take_messages(), []);
+        // As while another vCPU has set its watch and waits for the rest to heed it.
+        inner.watching(0x5000).fetch_add(1, Ordering::SeqCst);
+        cpu.watch(0x5080, 1);
+        assert_eq!(shared[1].take_messages(), told);
     }
 }

@@ -16,6 +16,7 @@ use crate::cpu::{CS, Cpu, Mode, REG_BLOCK, REG_ZERO, SEG_NONE, SS};
 use crate::exec::operand::{register_number, segment_number};
 use crate::exec::{self, branch};
 use crate::mem::{Access, MODE_SUPERVISOR, MODE_USER};
+use crate::shared::Message;
 use crate::{fpu, sse, sys};
 
 /// Most instructions of a block.
@@ -99,12 +100,6 @@ impl Cpu {
         // A device may answer each fetch with something else, and reports no stores.
         let mut tries = if self.map.find(key.pa).is_some() { TRIES } else { 0 };
         loop {
-            self.watch_page(key.pa);
-            if tries == 0 {
-                // The watch comes first: a store that comes after it is reported.
-                self.watch_lines(key.pa, in_page as u64);
-                fence(Ordering::SeqCst);
-            }
             let mut window = [0_u8; WINDOW + MAX_LENGTH];
             self.read_physical(key.pa, &mut window[..in_page]);
 
@@ -114,7 +109,6 @@ impl Cpu {
             if crosses && builder.ops.is_empty() {
                 // The first instruction crosses into the next page: a block of its own.
                 let next = self.fetch_page(self.next_page(linear))?;
-                self.watch_page(next);
                 let mut tail = [0_u8; MAX_LENGTH];
                 self.read_physical(next, &mut tail);
                 window[in_page..in_page + MAX_LENGTH].copy_from_slice(&tail);
@@ -131,20 +125,31 @@ impl Cpu {
                 });
             }
             // Watch the lines, then see that the bytes are still those decoded: a store that came
-            // before the watch is seen here, one that comes after is reported.
+            // before the watch is seen here, one that comes after is reported. The report ends the watch,
+            // and it may have been heard here already: then the lines are not watched.
             let cut = bytes.min(in_page);
-            self.watch_lines(key.pa, cut as u64);
+            self.watch(key.pa, cut);
             if let Some(next) = second_page {
-                self.watch_lines(next, (bytes - cut).max(1) as u64);
+                self.watch(next, bytes - cut);
             }
             fence(Ordering::SeqCst);
             if tries != 0 {
-                let mut again = [0_u8; WINDOW];
+                let mut again = [0_u8; WINDOW + MAX_LENGTH];
                 self.read_physical(key.pa, &mut again[..cut]);
-                if again[..cut] != window[..cut] {
+                if let Some(next) = second_page {
+                    self.read_physical(next, &mut again[cut..bytes]);
+                }
+                let watched = self.watches(key.pa, cut)
+                    && second_page.is_none_or(|next| self.watches(next, bytes - cut));
+                if again[..bytes] != window[..bytes] || !watched {
                     tries -= 1;
                     continue;
                 }
+            } else if self.map.find(key.pa).is_some() {
+                // It would not settle: these operations are for once.
+                let lines = WriteTracker::lines_of(key.pa, key.pa);
+                let message = Message::Invalidate { page: key.pa & !0xFFF, lines };
+                self.shared.post(message);
             }
             return Ok(self.code.insert(
                 key,
@@ -153,13 +158,6 @@ impl Cpu {
                 bytes as u32,
                 second_page,
             ));
-        }
-    }
-
-    fn watch_lines(&self, pa: u64, bytes: u64) {
-        if let Some(slot) = self.map.find(pa) {
-            let lines = WriteTracker::lines_of(pa, pa + bytes.max(1) - 1);
-            slot.tracker.watch_lines(slot.page(pa), lines);
         }
     }
 }
