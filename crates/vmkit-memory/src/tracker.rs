@@ -6,7 +6,7 @@
 
 #![allow(unsafe_code, reason = "zeroed memory that is not touched has no safe constructor")]
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::sync::{Arc, OnceLock};
 
 use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
@@ -173,6 +173,11 @@ impl WriteTracker {
         if len == 0 {
             return;
         }
+        let watch = self.inner.watch.get();
+        if watch.is_some() {
+            // The write before the look at the watch: who decodes sets the watch and then reads.
+            fence(Ordering::SeqCst);
+        }
         let last = offset.saturating_add(len - 1).min(self.inner.len.saturating_sub(1));
         let (first_page, last_page) = (offset / PAGE_SIZE, last / PAGE_SIZE);
         let mut watched = false;
@@ -182,7 +187,7 @@ impl WriteTracker {
             let to = if page == last_page { last % PAGE_SIZE } else { PAGE_SIZE - 1 };
             watched |= self.watched_lines(page) & Self::lines_of(from, to) != 0;
         }
-        if watched && let Some(watch) = self.inner.watch.get() {
+        if watched && let Some(watch) = watch {
             watch.written(offset, last - offset + 1);
         }
     }
