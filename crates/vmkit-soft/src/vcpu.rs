@@ -15,7 +15,7 @@ use vmkit_hypervisor::{
 use crate::code::{Block, ELSEWHERE, Link, Next};
 use crate::cpu::flags::IF;
 use crate::cpu::trap::{Trap, TrapKind};
-use crate::cpu::{CS, Cpu, Mode, REG_BLOCK};
+use crate::cpu::{CS, Cpu, Mode, REG_BLOCK, STEPPING};
 use crate::mem::MODE_SUPERVISOR;
 use crate::partition::PartitionInner;
 use crate::shared::VcpuShared;
@@ -215,7 +215,10 @@ impl Cpu {
         let shadowed = std::mem::take(&mut self.inhibit);
         let stepped = self.step_before()?;
         let block = self.block_here(true)?;
+        // No jump is remembered from a step, and so none goes on past it.
+        self.context |= STEPPING;
         let _ = self.start(block);
+        self.context &= !STEPPING;
         self.block = null();
         self.link_from = None;
         if self.trap != TrapKind::None {

@@ -13,6 +13,7 @@ use crate::{Hypervisor, StateSet};
 
 cases! { "debug":
     single_step "Intel SDM vol. 3B §18.3.1.4";
+    single_step_of_jumps_made_before "Intel SDM vol. 3B §18.3.1.4";
     single_step_of_a_rep_stops_at_each_element "Intel SDM vol. 3B §18.3.1.4";
     popf_that_sets_tf_is_not_stepped "Intel SDM vol. 3B §18.3.1.4";
     int1 "Intel SDM vol. 2A, INT1";
@@ -91,6 +92,42 @@ fn single_step(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
     ensure!(flags & TF as u64 != 0, "saved flags are {flags:#x}");
     guest.write_u64(frame, flags & !(TF as u64))?;
     ensure_eq!(guest.cpu.go(&mut Recorder::new())?, End::Stop(7), "the end");
+    Ok(())
+}
+
+fn single_step_of_jumps_made_before(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
+    // A call, a return and a jump by registers, three times, the last time stepped.
+    let mut guest = machine(hypervisor, |a| {
+        asm! { a;
+            label again, plain;
+            mov edi, CODE2 as u32;
+            mov esi, (CODE2 + 0x100) as u32;
+            xor ecx, ecx;
+        again:
+            mov edx, 2;
+            cmp ecx, 2;
+            jb plain;
+            mov edx, TF | 2;
+        plain:
+            push rdx;
+            popfq;
+            call rdi;
+            mov ebx, CODE as u32;
+            jmp rsi;
+        };
+        Ok(())
+    })?;
+    guest.load_at(CODE2, |a| a.ret())?;
+    // `again` is after 5 + 5 + 2 bytes.
+    guest.load_at(CODE2 + 0x100, |a| {
+        asm! { a; add rbx, 12; inc ecx; jmp rbx; };
+        Ok(())
+    })?;
+    // The call is of 2 bytes after 5 + 3 + 2 + 5 + 1 + 1 more, the move of 5.
+    let call = CODE + 29;
+    for rip in [CODE2, call + 2, call + 7, CODE2 + 0x100, CODE2 + 0x104, CODE2 + 0x106, CODE + 12] {
+        trapped(&mut guest, rip, BS)?;
+    }
     Ok(())
 }
 

@@ -53,6 +53,11 @@ pub(crate) const GS: usize = 5;
 /// Index into [`Cpu::seg_base`] of a base that is always zero.
 pub(crate) const SEG_NONE: usize = 7;
 
+/// Where [`Cpu::context`] has the mode.
+const MODE_SHIFT: u32 = 33;
+/// In [`Cpu::context`]: exactly one instruction is being run.
+pub(crate) const STEPPING: u64 = (Mode::STEP.bits() as u64) << MODE_SHIFT;
+
 /// One 256-bit vector register; its low half is the XMM register.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C, align(32))]
@@ -274,7 +279,7 @@ impl Cpu {
         let mode = Mode::of(self);
         self.mode = mode;
         let base = if mode.contains(Mode::LONG64) { 0 } else { self.segs[CS].base & 0xFFFF_FFFF };
-        self.context = base | u64::from(self.cpl == 3) << 32 | u64::from(mode.bits()) << 33;
+        self.context = base | u64::from(self.cpl == 3) << 32 | u64::from(mode.bits()) << MODE_SHIFT;
         for (base, seg) in self.seg_base.iter_mut().zip(&self.segs) {
             *base = seg.base;
         }
