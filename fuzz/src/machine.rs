@@ -80,7 +80,7 @@ impl Machine {
                 let vsock = Vsock::new(3).expect("a context ID that is free");
                 Self::new(Mmio::new(vsock).work(WorkModel::Inline))
             }
-            n if n == mmio + 5 => Self::new(Mmio::new(Balloon::new()).work(WorkModel::Inline)),
+            n if n == mmio + 5 => Self::new(Mmio::new(Balloon::new().hints()).work(WorkModel::Inline)),
             n if n == mmio + 6 => Self::new(Mmio::new(pmem()).work(WorkModel::Inline)),
             _ => Self::new(
                 PciHost::new()

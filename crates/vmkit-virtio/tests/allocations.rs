@@ -149,7 +149,7 @@ fn entropy_console_balloon_and_pmem_requests_allocate_nothing() {
     let devices = [
         (Mmio::new(Rng::new()), 0, false, true),
         (Mmio::new(Console::new(std::io::sink()).unwrap()), 1, true, false),
-        (Mmio::new(Balloon::new()), 0, true, false),
+        (Mmio::new(Balloon::new().hints()), 0, true, false),
         (Mmio::new(pmem), 0, true, true),
     ];
     let (out, into) = ([(FREE, 64)], [(FREE + 0x100, 64)]);

@@ -29,7 +29,7 @@ fn memory_goes_back_to_the_host_by_reports_by_balloon_and_by_hints() {
     on_backends(|parts| {
         let mut console = Console::new(sink()).unwrap();
         let control = console.port("control", sink()).unwrap();
-        let balloon = Balloon::new();
+        let balloon = Balloon::new().hints();
         let handle = balloon.handle();
         let bytes = (0..96 * MIB).map(|n| (n >> 9) as u8 ^ n as u8).collect();
         let drivers = ["virtio_console", "virtio_balloon", "virtio_blk"];

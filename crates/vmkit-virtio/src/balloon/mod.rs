@@ -2,14 +2,15 @@
 //!
 //! Three ways: the embedder asks for an amount and the guest gives up that many pages; the guest
 //! reports free pages by itself; or, asked for a hint, tells all free pages once (before a snapshot,
-//! so that they need not be saved). What the queues carry is in [`worker`].
+//! so that they need not be saved). The last is offered only if the embedder wants it, see
+//! [`Balloon::hints`]. What the queues carry is in [`worker`].
 
 #[cfg(test)]
 mod tests;
 mod worker;
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use vmkit_device::{DeviceError, Saved, Section, SectionFormat};
@@ -53,6 +54,7 @@ const HINT_FIRST: u32 = 2;
 /// ```
 pub struct Balloon {
     name: String,
+    hints: bool,
     shared: Arc<Shared>,
 }
 
@@ -73,6 +75,9 @@ struct Shared {
     /// Bytes that went back to the host.
     given: AtomicU64,
     change: Mutex<Option<ConfigChange>>,
+    /// Held while a hinted page is given back, and while a round ends: none is given back after
+    /// (§5.5.6.6.2).
+    giving: Mutex<()>,
 }
 
 /// Saved state, format version 1.
@@ -85,6 +90,10 @@ struct BalloonState {
 }
 
 impl Shared {
+    fn giving(&self) -> MutexGuard<'_, ()> {
+        self.giving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn announce(&self) {
         if let Some(change) = &*self.change.lock().unwrap_or_else(PoisonError::into_inner) {
             change.announce();
@@ -101,13 +110,26 @@ impl Default for Balloon {
 impl Balloon {
     /// An empty balloon.
     pub fn new() -> Self {
-        Self { name: "balloon0".into(), shared: Arc::default() }
+        Self { name: "balloon0".into(), hints: false, shared: Arc::default() }
     }
 
     /// Gives the device another name than `balloon0`.
     #[must_use]
     pub fn named(mut self, name: impl Into<String>) -> Self {
         self.name = name.into();
+        self
+    }
+
+    /// Offers hints too ([`BalloonHandle::ask_for_hints`]). **Only for guests that leave a hinted page
+    /// alone until [`end_hints`](BalloonHandle::end_hints): others lose data.**
+    ///
+    /// The page is given back as it is told, and reads as zeros from then on. A driver may use it
+    /// again before that without a word to the device (virtio 1.2 §5.5.6.6.1), and then what it wrote
+    /// is gone; Linux does so when it is short of memory. What the guest reports by itself has no such
+    /// hazard, because a driver leaves those pages alone until the device has answered.
+    #[must_use]
+    pub fn hints(mut self) -> Self {
+        self.hints = true;
         self
     }
 
@@ -148,8 +170,8 @@ impl BalloonHandle {
         self.shared.given.load(Ordering::Acquire)
     }
 
-    /// Asks the guest to tell which pages are free; they go back to the host as they are told. A
-    /// guest without the feature does nothing.
+    /// Asks the guest to tell which pages are free; they go back to the host as they are told. Without
+    /// [`Balloon::hints`], and with a guest that does not know them, nothing happens.
     pub fn ask_for_hints(&self) {
         let round = self.shared.round.load(Ordering::Acquire);
         let round = round.checked_add(1).unwrap_or(HINT_FIRST).max(HINT_FIRST);
@@ -165,9 +187,11 @@ impl BalloonHandle {
         self.shared.hinted.load(Ordering::Acquire)
     }
 
-    /// Lets the guest use its free pages again.
+    /// Lets the guest use its free pages again. Pages that it tells later are left alone.
     pub fn end_hints(&self) {
+        let giving = self.shared.giving();
         self.shared.hint.store(HINT_DONE, Ordering::Release);
+        drop(giving);
         self.shared.announce();
     }
 }
@@ -182,10 +206,8 @@ impl VirtioDevice for Balloon {
     }
 
     fn features(&self) -> u64 {
-        feature::MUST_TELL_HOST
-            | feature::DEFLATE_ON_OOM
-            | feature::FREE_PAGE_HINT
-            | feature::REPORTING
+        let hints = if self.hints { feature::FREE_PAGE_HINT } else { 0 };
+        feature::MUST_TELL_HOST | feature::DEFLATE_ON_OOM | feature::REPORTING | hints
     }
 
     /// Inflate, deflate, hints, reports. Drivers number only the queues whose features they

@@ -9,7 +9,10 @@ use crate::{Mmio, Progress, Queues, WorkModel, Worker};
 const SPARE: u64 = FREE + 0x10_0000;
 
 fn balloon(features: u64) -> (Rig, Vec<Ring>, BalloonHandle) {
-    let balloon = Balloon::new();
+    with(Balloon::new(), features)
+}
+
+fn with(balloon: Balloon, features: u64) -> (Rig, Vec<Ring>, BalloonHandle) {
     let handle = balloon.handle();
     let rig = Rig::new(Mmio::new(balloon).work(WorkModel::Inline));
     let rings = rig.activate(features, 16);
@@ -74,7 +77,8 @@ fn memory_really_goes_back_to_the_host() {
 
 #[test]
 fn hints_count_only_in_their_round() {
-    let (rig, mut rings, handle) = balloon(feature::FREE_PAGE_HINT | feature::REPORTING);
+    let features = feature::FREE_PAGE_HINT | feature::REPORTING;
+    let (rig, mut rings, handle) = with(Balloon::new().hints(), features);
     fill(&rig, 4);
     let page = |n: u64| (SPARE + n * PAGE, PAGE as u32);
     let tell = |rings: &mut Vec<Ring>, round: Option<u32>, buffer: Option<u64>| {
@@ -105,6 +109,41 @@ fn hints_count_only_in_their_round() {
     rings[3].add(&[], &[page(3)]);
     rig.notify(3);
     assert_eq!(kept(&rig, 4), [0, 2]);
+}
+
+#[test]
+fn a_hinted_page_that_the_guest_uses_again_keeps_what_it_wrote() {
+    let (rig, mut rings, handle) = balloon(feature::FREE_PAGE_HINT);
+    handle.ask_for_hints();
+    rig.write(FREE, &2_u32.to_le_bytes());
+    // Linux takes a page back before it was told that the hint was taken.
+    rings[2].add(&[(FREE, 4)], &[]);
+    rings[2].add(&[], &[(SPARE, PAGE as u32)]);
+    fill(&rig, 1);
+    rig.notify(2);
+    assert_eq!((kept(&rig, 1), handle.given()), (vec![0], 0));
+    assert_eq!(rig.device_features() & feature::FREE_PAGE_HINT, 0);
+}
+
+#[test]
+fn no_hinted_page_is_given_back_after_the_end_of_its_round() {
+    let (rig, mut rings, handle) = with(Balloon::new().hints(), feature::FREE_PAGE_HINT);
+    handle.ask_for_hints();
+    rig.write(FREE, &2_u32.to_le_bytes());
+    rings[2].add(&[(FREE, 4)], &[]);
+    fill(&rig, 1);
+    rings[2].add(&[], &[(SPARE, PAGE as u32)]);
+    std::thread::scope(|scope| {
+        // The worker has seen that the round is wanted, and the page is the next.
+        let giving = handle.shared.giving();
+        let worker = scope.spawn(|| rig.notify(2));
+        rings[2].wait_used();
+        handle.shared.hint.store(HINT_DONE, Ordering::Release);
+        drop(giving);
+        worker.join().unwrap();
+    });
+    assert_eq!(kept(&rig, 1), [0]);
+    assert_eq!(rings[2].used().unwrap().1, 0);
 }
 
 #[test]

@@ -98,10 +98,18 @@ impl BalloonWorker {
             }
             self.telling = said == wanted && said >= super::HINT_FIRST;
         }
+        let mut bytes = 0;
         if self.telling && wanted >= super::HINT_FIRST {
-            return Ok(self.report(queue, self.chain.writable()));
+            for buffer in self.chain.writable().chunks(1) {
+                let giving = self.shared.giving();
+                if self.shared.hint.load(Ordering::Acquire) != wanted {
+                    break;
+                }
+                bytes += self.report(queue, buffer);
+                drop(giving);
+            }
         }
-        Ok(0)
+        Ok(bytes)
     }
 }
 

@@ -64,7 +64,7 @@ fn drive(transport: Transport, kind: u8, input: &[u8]) {
             let (vsock, _listener) = vsock();
             transport.run(vsock, scribbles, input);
         }
-        5 => transport.run(Balloon::new(), scribbles, input),
+        5 => transport.run(Balloon::new().hints(), scribbles, input),
         6 => transport.run(ring(), scribbles, input),
         _ => transport.run(pmem(), scribbles, input),
     }
