@@ -262,26 +262,28 @@ fn hand_over(vcpus: &[Arc<VcpuShared>], index: usize, message: &ApicMessage) {
     vcpu.notify();
 }
 
-/// Tells vCPUs of writes by devices to lines that hold decoded code.
+/// Tells vCPUs of writes by devices to lines that hold decoded code. A region has one, wherever it is
+/// mapped in the course of time.
 struct CodeWatch {
     partition: std::sync::Weak<PartitionInner>,
-    start: u64,
+    /// The region's host address.
+    host: usize,
 }
 
 impl WriteWatch for CodeWatch {
     fn written(&self, offset: u64, len: u64) {
         let Some(partition) = self.partition.upgrade() else { return };
-        let (first, last) = (self.start + offset, self.start + offset + len.max(1) - 1);
-        for page in first / PAGE_SIZE..=last / PAGE_SIZE {
-            let base = page * PAGE_SIZE;
-            let from = first.max(base);
-            let to = last.min(base + PAGE_SIZE - 1);
-            let lines = vmkit_memory::WriteTracker::lines_of(from, to);
-            let map = partition.memory_map();
-            if let Some(slot) = map.find(base) {
+        let map = partition.memory_map();
+        for slot in map.at_host(self.host) {
+            let (first, last) = (slot.start + offset, slot.start + offset + len.max(1) - 1);
+            for page in first / PAGE_SIZE..=last / PAGE_SIZE {
+                let base = page * PAGE_SIZE;
+                let from = first.max(base);
+                let to = last.min(base + PAGE_SIZE - 1);
+                let lines = vmkit_memory::WriteTracker::lines_of(from, to);
                 slot.tracker.unwatch_lines(slot.page(base), lines);
+                partition.post_others(Message::Invalidate { page: base, lines }, u32::MAX);
             }
-            partition.post_others(Message::Invalidate { page: base, lines }, u32::MAX);
         }
     }
 }
@@ -317,7 +319,8 @@ impl Partition for SoftPartition {
             return Err(bad("the range leaves the physical address space"));
         }
         let id = self.inner.next_map.fetch_add(1, Ordering::Relaxed);
-        let watch = CodeWatch { partition: Arc::downgrade(&self.inner), start: at.0 };
+        let host = region.as_ptr() as usize;
+        let watch = CodeWatch { partition: Arc::downgrade(&self.inner), host };
         MmapRegion::bitmap(&region).set_watch(Arc::new(watch));
         let (write, track) =
             (access.contains(MapAccess::WRITE), access.contains(MapAccess::TRACK_DIRTY));

@@ -26,6 +26,7 @@ cases! { "memory":
     read_only_memory_hands_writes_over "the contract: MapAccess::WRITE";
     read_only_memory_executes "the contract: MapAccess";
     code_runs_from_a_mapping_made_later "the contract: Partition::map";
+    the_host_rewrites_code_that_was_mapped_elsewhere "the contract: host writes are seen";
     impossible_mappings_are_refused "the contract: HypervisorError::Mapping";
     memory_above_4_gib "the contract: Partition::map";
     the_dirty_log_is_exact "the contract: Partition::take_dirty";
@@ -199,6 +200,32 @@ fn code_runs_from_a_mapping_made_later(hypervisor: &dyn Hypervisor) -> Result<()
         ensure_eq!(guest.cpu.finish(&mut Recorder::new())?, u64::from(value), "the code's value");
         // Past the RET, so that the code page is left before it goes.
         guest.cpu.jump(CODE + 7)?;
+        guest.partition.unmap(id)?;
+    }
+    Ok(())
+}
+
+fn the_host_rewrites_code_that_was_mapped_elsewhere(
+    hypervisor: &dyn Hypervisor,
+) -> Result<(), Failure> {
+    let mut guest = Guest::long(hypervisor)?;
+    let region = region(0x1000)?;
+    // mov eax, value; out 0xF4, eax; jmp to the beginning
+    region.write_slice(&[0xB8, 0, 0, 0, 0, 0xE7, 0xF4, 0xEB, 0xF7], MemoryRegionAddress(0))?;
+    let mut value = 0_u8;
+    for at in [MMIO, MMIO + 0x5000, RAM] {
+        let id = map(&guest, at, &region, MapAccess::WRITE)?;
+        guest.load(|a| {
+            asm! { a; mov ebx, at as u32; jmp rbx; };
+            Ok(())
+        })?;
+        for _ in 0..2 {
+            value += 1;
+            region.write_obj(value, MemoryRegionAddress(1))?;
+            let got = guest.cpu.finish(&mut Recorder::new())?;
+            ensure_eq!(got, u64::from(value), "the code's value at {at:#x}");
+        }
+        guest.cpu.jump(CODE)?;
         guest.partition.unmap(id)?;
     }
     Ok(())

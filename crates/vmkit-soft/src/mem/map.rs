@@ -95,6 +95,11 @@ impl MemoryMap {
         self.slots.iter().map(|slot| &**slot).find(|slot| slot.start <= pa && pa <= slot.last)
     }
 
+    /// The slots of the region at a host address.
+    pub fn at_host(&self, host: usize) -> impl Iterator<Item = &Slot> {
+        self.slots.iter().map(|slot| &**slot).filter(move |slot| slot.host as usize == host)
+    }
+
     pub fn by_id(&self, id: u32) -> Option<&Arc<Slot>> {
         self.slots.iter().find(|slot| slot.id == id)
     }
