@@ -259,8 +259,9 @@ impl Cpu {
     }
 
     /// Sets `bits` in an entry that is still `entry`; false if it is not.
-    fn mark_entry(&self, at: u64, entry: u64, bits: u64, narrow: bool) -> bool {
-        let Some(slot) = self.map.find(at).filter(|slot| slot.writable) else { return true };
+    fn mark_entry(&mut self, at: u64, entry: u64, bits: u64, narrow: bool) -> bool {
+        let map = self.map.clone();
+        let Some(slot) = map.find(at).filter(|slot| slot.writable) else { return true };
         let new = entry | bits;
         let (success, failure) = (Ordering::SeqCst, Ordering::Relaxed);
         let marked = if narrow {
@@ -275,6 +276,9 @@ impl Cpu {
                 .is_ok()
         };
         slot.mark_dirty(at);
+        if marked && slot.tracker.watched_lines(slot.page(at)) != 0 {
+            self.wrote_code(at, if narrow { 4 } else { 8 });
+        }
         marked
     }
 
@@ -306,11 +310,12 @@ mod tests {
     use vmkit_device::memory::{Bytes, GuestAddress};
 
     use super::*;
+    use crate::cpu::{RAX, RCX};
     use crate::testing::Bench;
 
     #[test]
     fn an_entry_that_is_another_by_now_is_not_marked() {
-        let bench = Bench::long();
+        let mut bench = Bench::long();
         let at = GuestAddress(0x5000);
         for narrow in [false, true] {
             bench.ram.write_obj(0_u64, at).unwrap();
@@ -320,5 +325,27 @@ mod tests {
             assert!(bench.cpu.mark_entry(at.0, 0x7007, A | D, narrow));
             assert_eq!(bench.ram.read_obj::<u64>(at).unwrap(), 0x7067);
         }
+    }
+
+    #[test]
+    fn a_mark_in_what_is_code_too_is_a_store_to_it() {
+        let mut bench = Bench::long();
+        bench.ram.write_obj(0x9007_u64, GuestAddress(0x2008)).unwrap();
+        bench.ram.write_obj(0xA007_u64, GuestAddress(0x9000)).unwrap();
+        // add eax, ecx; sub al, 0; add [rax], al; add [rax], al; hlt
+        let entry = 0x2C_C103_u64;
+        bench.ram.write_obj(0xF4_u64, GuestAddress(0xA008)).unwrap();
+        bench.load(0xA000, &entry.to_le_bytes());
+        (bench.cpu.regs[RAX], bench.cpu.regs[RCX]) = (0x9_0000, 0x100);
+        bench.go();
+        assert_eq!(bench.cpu.regs[RAX], 0x9_0100);
+        // Accessed, it begins with and eax, ecx.
+        bench.cpu.load::<u8>(0x4000_0000).unwrap();
+        assert_eq!(bench.ram.read_obj::<u8>(GuestAddress(0xA000)).unwrap(), 0x23);
+        bench.cpu.halted = false;
+        bench.cpu.rip = 0xA000;
+        bench.cpu.regs[RCX] = 0xF_FF00;
+        bench.go();
+        assert_eq!(bench.cpu.regs[RAX], 0x9_0100);
     }
 }
