@@ -1,6 +1,8 @@
 //! What the example programs share: arguments, the terminal, signals, Debian's kernel, and exit
 //! statuses. Not part of the library.
 
+#![allow(missing_debug_implementations, reason = "no library for others")]
+
 pub mod agent;
 pub mod args;
 pub mod console;

@@ -1,5 +1,7 @@
 //! What the whole-machine tests share: the backends to run on, and small guests.
 
+#![allow(missing_debug_implementations, reason = "no library for others")]
+
 pub mod guests;
 pub mod linux;
 pub mod program;

@@ -22,6 +22,17 @@ pub struct BootContext<'a> {
     pub reused: bool,
 }
 
+impl std::fmt::Debug for BootContext<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BootContext")
+            .field("layout", self.layout)
+            .field("vcpus", &self.vcpus)
+            .field("announcements", &self.announcements)
+            .field("reused", &self.reused)
+            .finish_non_exhaustive()
+    }
+}
+
 impl<'a> BootContext<'a> {
     /// A machine of one vCPU without devices, whose RAM is all zeros.
     pub fn new(ram: &'a GuestRam, layout: &'a RamLayout) -> Self {

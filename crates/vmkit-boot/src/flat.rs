@@ -28,6 +28,17 @@ pub struct Flat {
     mode: CpuMode,
 }
 
+impl std::fmt::Debug for Flat {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Flat")
+            .field("image", &self.image.name)
+            .field("at", &self.at)
+            .field("entry", &self.entry)
+            .field("mode", &self.mode)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Flat {
     /// `bytes` at guest-physical `at`, entered at their first byte in long mode.
     pub fn at(at: u64, bytes: Vec<u8>) -> Self {

@@ -31,6 +31,15 @@ pub struct Multiboot {
     modules: Vec<(Image, String)>,
 }
 
+impl std::fmt::Debug for Multiboot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Multiboot")
+            .field("image", &self.image.name)
+            .field("modules", &self.modules.len())
+            .finish_non_exhaustive()
+    }
+}
+
 impl Multiboot {
     /// The kernel at `path`.
     ///

@@ -18,6 +18,15 @@ pub struct Elf {
     mode: Option<CpuMode>,
 }
 
+impl std::fmt::Debug for Elf {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Elf")
+            .field("image", &self.image.name)
+            .field("mode", &self.mode)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Elf {
     /// The file at `path`.
     ///

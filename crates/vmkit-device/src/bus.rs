@@ -99,6 +99,19 @@ pub struct Bus {
     changes: Mutex<()>,
 }
 
+impl std::fmt::Debug for Bus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let table = self.table.load();
+        let names = |entries: &[Entry]| -> Vec<_> {
+            entries.iter().map(|e| (e.start, e.device.name().to_owned())).collect()
+        };
+        f.debug_struct("Bus")
+            .field("ports", &names(&table.spaces[0]))
+            .field("mmio", &names(&table.spaces[1]))
+            .finish_non_exhaustive()
+    }
+}
+
 impl Bus {
     /// A bus with nothing on it.
     pub fn new() -> Self {
@@ -178,6 +191,15 @@ pub struct BusView {
     generation: u64,
     spaces: [Space; 2],
     unclaimed: Arc<AtomicU64>,
+}
+
+impl std::fmt::Debug for BusView {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BusView")
+            .field("generation", &self.generation)
+            .field("unclaimed", &self.unclaimed())
+            .finish_non_exhaustive()
+    }
 }
 
 /// The entries of a space, by their starts.

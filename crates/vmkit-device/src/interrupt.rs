@@ -91,6 +91,12 @@ pub struct IrqWire {
     inner: Arc<Wire>,
 }
 
+impl std::fmt::Debug for IrqWire {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("IrqWire").field("gsi", &self.gsi()).finish_non_exhaustive()
+    }
+}
+
 struct Wire {
     sink: Arc<dyn InterruptSink>,
     gsi: u32,
@@ -188,6 +194,12 @@ impl Drop for IrqLine {
 pub struct MsiVector {
     sink: Arc<dyn InterruptSink>,
     message: Arc<Mutex<Option<Msi>>>,
+}
+
+impl std::fmt::Debug for MsiVector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("MsiVector").field("message", &self.message).finish_non_exhaustive()
+    }
 }
 
 impl MsiVector {

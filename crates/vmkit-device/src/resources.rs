@@ -83,6 +83,18 @@ pub struct Resources {
     pub doorbells: Option<Arc<dyn Doorbells>>,
 }
 
+impl std::fmt::Debug for Resources {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Resources")
+            .field("io", &self.io)
+            .field("irqs", &self.irqs)
+            .field("placed", &self.placed)
+            .field("end", &self.end)
+            .field("doorbells", &self.doorbells.is_some())
+            .finish_non_exhaustive()
+    }
+}
+
 impl Resources {
     /// Resources with no regions, wires or doorbells.
     pub fn new(
@@ -150,6 +162,14 @@ pub struct ResourceAllocator {
     free_irqs: IdAllocator,
     wires: HashMap<u32, IrqWire>,
     sink: Arc<dyn InterruptSink>,
+}
+
+impl std::fmt::Debug for ResourceAllocator {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ResourceAllocator")
+            .field("wires", &self.wires.keys())
+            .finish_non_exhaustive()
+    }
 }
 
 /// First MMIO address handed to devices that may be anywhere: the 32-bit hole, below the IOAPIC.

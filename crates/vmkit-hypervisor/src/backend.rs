@@ -104,6 +104,17 @@ pub struct PartitionSpec {
     pub clock: Arc<dyn Clock>,
 }
 
+impl std::fmt::Debug for PartitionSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PartitionSpec")
+            .field("vcpus", &self.vcpus)
+            .field("interrupt_controllers", &self.interrupt_controllers)
+            .field("tsc", &self.tsc)
+            .field("dirty_log", &self.dirty_log)
+            .finish_non_exhaustive()
+    }
+}
+
 impl PartitionSpec {
     /// A PC with `vcpus` processors whose timers follow `clock`.
     pub fn new(vcpus: u32, clock: Arc<dyn Clock>) -> Self {

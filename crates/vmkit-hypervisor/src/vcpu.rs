@@ -15,6 +15,12 @@ pub trait Kickable: Send + Sync {
 #[derive(Clone)]
 pub struct Kick(Arc<dyn Kickable>);
 
+impl std::fmt::Debug for Kick {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Kick").finish_non_exhaustive()
+    }
+}
+
 impl Kick {
     /// A kick that works through `target`.
     pub fn new(target: Arc<dyn Kickable>) -> Self {

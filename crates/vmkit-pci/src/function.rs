@@ -8,6 +8,7 @@ use vmkit_device::{DeviceError, Resources, Saved, Section};
 use crate::{Description, Intx, Msix};
 
 /// What a function lives on.
+#[derive(Debug)]
 pub struct FunctionResources {
     /// Memory, the places of its own, clock, interrupt sink, doorbells and the way to end the machine; no
     /// regions and no wires.

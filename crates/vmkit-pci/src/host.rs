@@ -60,6 +60,13 @@ pub struct PciHost {
     functions: Vec<Box<dyn PciFunctionBuilder>>,
 }
 
+impl std::fmt::Debug for PciHost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let names: Vec<_> = self.functions.iter().map(|function| function.name()).collect();
+        f.debug_struct("PciHost").field("functions", &names).finish_non_exhaustive()
+    }
+}
+
 impl PciHost {
     /// A bridge with nothing behind it.
     pub fn new() -> Self {

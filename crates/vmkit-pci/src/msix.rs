@@ -85,6 +85,16 @@ pub struct Msix {
     entries: Box<[Mutex<Entry>]>,
 }
 
+impl std::fmt::Debug for Msix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Msix")
+            .field("place", &self.place)
+            .field("enabled", &self.enabled)
+            .field("masked", &self.masked)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Msix {
     pub(crate) fn new(place: MsixPlace, sink: Arc<dyn InterruptSink>) -> Self {
         let entries = (0..place.vectors).map(|_| Mutex::new(Entry::POWER_ON)).collect();

@@ -42,6 +42,7 @@ use vmkit_hypervisor::{
 /// let soft = vmkit_soft::SoftHypervisor::new();
 /// assert!(soft.capabilities().counts_instructions);
 /// ```
+#[derive(Debug)]
 pub struct SoftHypervisor {
     capabilities: Capabilities,
 }

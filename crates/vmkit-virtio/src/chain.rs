@@ -171,6 +171,12 @@ pub struct Reader<'a> {
     cursor: Cursor<'a>,
 }
 
+impl std::fmt::Debug for Reader<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reader").field("remaining", &self.remaining()).finish_non_exhaustive()
+    }
+}
+
 impl<'a> Reader<'a> {
     /// Bytes not read yet.
     #[inline]
@@ -261,6 +267,15 @@ impl<'a> Reader<'a> {
 pub struct Writer<'a> {
     cursor: Cursor<'a>,
     size: u64,
+}
+
+impl std::fmt::Debug for Writer<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Writer")
+            .field("remaining", &self.remaining())
+            .field("size", &self.size)
+            .finish_non_exhaustive()
+    }
 }
 
 impl<'a> Writer<'a> {

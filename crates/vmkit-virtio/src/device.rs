@@ -57,6 +57,12 @@ pub struct Activation {
     pub clock: Arc<dyn Clock>,
 }
 
+impl std::fmt::Debug for Activation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Activation").field("features", &self.features).finish_non_exhaustive()
+    }
+}
+
 impl Activation {
     pub(crate) fn new(
         features: u64,
@@ -79,6 +85,12 @@ pub struct LaneSpec {
     pub queues: Vec<u16>,
     /// Who serves them.
     pub worker: Box<dyn Worker>,
+}
+
+impl std::fmt::Debug for LaneSpec {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LaneSpec").field("queues", &self.queues).finish_non_exhaustive()
+    }
 }
 
 /// A virtio device: its kind, features, configuration space, and workers.

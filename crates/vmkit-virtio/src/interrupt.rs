@@ -52,6 +52,12 @@ pub struct ConfigChange {
     shared: Arc<Shared>,
 }
 
+impl std::fmt::Debug for ConfigChange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ConfigChange").finish_non_exhaustive()
+    }
+}
+
 impl ConfigChange {
     pub(crate) fn new(shared: Arc<Shared>) -> Self {
         Self { shared }

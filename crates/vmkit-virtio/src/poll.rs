@@ -77,6 +77,12 @@ pub struct Poller {
     has_sources: Arc<AtomicBool>,
 }
 
+impl std::fmt::Debug for Poller {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Poller").field("has_sources", &self.has_sources).finish_non_exhaustive()
+    }
+}
+
 impl Poller {
     pub(crate) fn new() -> io::Result<Self> {
         Ok(Self { epoll: Arc::new(Epoll::new()?), has_sources: Arc::default() })

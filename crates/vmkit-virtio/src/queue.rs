@@ -36,6 +36,15 @@ pub struct VirtQueue {
     completed: bool,
 }
 
+impl std::fmt::Debug for VirtQueue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VirtQueue")
+            .field("index", &self.index)
+            .field("size", &self.size())
+            .finish_non_exhaustive()
+    }
+}
+
 impl VirtQueue {
     /// Checks a queue's setup against guest memory and makes it active.
     pub(crate) fn new(
@@ -132,7 +141,7 @@ impl VirtQueue {
 }
 
 /// The active queues of a lane, by number.
-#[derive(Default)]
+#[derive(Debug, Default)]
 pub struct Queues {
     queues: Vec<VirtQueue>,
 }

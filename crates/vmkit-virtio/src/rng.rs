@@ -31,6 +31,12 @@ pub struct Rng {
     source: Arc<Mutex<Source>>,
 }
 
+impl std::fmt::Debug for Rng {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Rng").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
 mmio_by_default!(Rng);
 
 impl Default for Rng {

@@ -16,6 +16,12 @@ pub struct Paused<'a> {
     resumed: bool,
 }
 
+impl std::fmt::Debug for Paused<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Paused").finish_non_exhaustive()
+    }
+}
+
 impl<'a> Paused<'a> {
     pub(crate) fn new(machine: &'a Machine) -> Self {
         machine.pause();

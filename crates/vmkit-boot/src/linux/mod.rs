@@ -52,6 +52,15 @@ pub struct Linux {
     virtio_mmio_words: bool,
 }
 
+impl std::fmt::Debug for Linux {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Linux")
+            .field("image", &self.image.name)
+            .field("initrd", &self.initrd.as_ref().map(|initrd| &initrd.name))
+            .finish_non_exhaustive()
+    }
+}
+
 /// Where the parts of the guest are that both protocols point to.
 struct Guest {
     cmdline: u64,

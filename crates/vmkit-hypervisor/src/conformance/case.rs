@@ -55,7 +55,7 @@ impl std::fmt::Display for Need {
 }
 
 /// One case.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Case {
     /// Theme and behaviour: `"io::port_widths"`.
     pub name: &'static str,

@@ -58,6 +58,12 @@ pub struct Balloon {
     shared: Arc<Shared>,
 }
 
+impl std::fmt::Debug for Balloon {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Balloon").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
 mmio_by_default!(Balloon);
 
 #[derive(Default)]
@@ -143,6 +149,15 @@ impl Balloon {
 #[derive(Clone)]
 pub struct BalloonHandle {
     shared: Arc<Shared>,
+}
+
+impl std::fmt::Debug for BalloonHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("BalloonHandle")
+            .field("target", &self.target())
+            .field("actual", &self.actual())
+            .finish_non_exhaustive()
+    }
 }
 
 impl BalloonHandle {

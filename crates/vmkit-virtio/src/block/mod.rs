@@ -100,6 +100,18 @@ pub struct Block {
     queue_size: u16,
 }
 
+impl std::fmt::Debug for Block {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Block")
+            .field("name", &self.name)
+            .field("engine", &self.engine)
+            .field("read_only", &self.read_only)
+            .field("queues", &self.queues)
+            .field("queue_size", &self.queue_size)
+            .finish_non_exhaustive()
+    }
+}
+
 mmio_by_default!(Block);
 
 /// What a driver remembers of its disk, format version 1: a machine goes on only with a disk like

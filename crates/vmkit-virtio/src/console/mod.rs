@@ -60,6 +60,16 @@ pub struct Console {
     shared: Arc<Shared>,
 }
 
+impl std::fmt::Debug for Console {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let ports: Vec<_> = self.ports.iter().map(|port| &port.name).collect();
+        f.debug_struct("Console")
+            .field("name", &self.name)
+            .field("ports", &ports)
+            .finish_non_exhaustive()
+    }
+}
+
 mmio_by_default!(Console);
 
 /// What workers, configuration space and handles share.
@@ -160,6 +170,12 @@ impl Console {
 pub struct ConsoleSize {
     shared: Arc<Shared>,
     console: Option<Arc<Port>>,
+}
+
+impl std::fmt::Debug for ConsoleSize {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ConsoleSize").finish_non_exhaustive()
+    }
 }
 
 impl ConsoleSize {

@@ -99,6 +99,14 @@ pub struct PortInput {
     port: Option<Arc<Port>>,
 }
 
+impl std::fmt::Debug for PortInput {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PortInput")
+            .field("port", &self.port.as_ref().map(|port| &port.name))
+            .finish_non_exhaustive()
+    }
+}
+
 impl PortInput {
     pub(super) fn new(port: Option<Arc<Port>>) -> Self {
         Self { port }

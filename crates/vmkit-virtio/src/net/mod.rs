@@ -80,6 +80,17 @@ pub struct Net {
     receives: Arc<Budget>,
 }
 
+impl std::fmt::Debug for Net {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Net")
+            .field("name", &self.name)
+            .field("mac", &self.mac)
+            .field("mtu", &self.mtu)
+            .field("counters", &self.counters)
+            .finish_non_exhaustive()
+    }
+}
+
 mmio_by_default!(Net);
 
 /// Saved state, format version 1.

@@ -53,6 +53,15 @@ pub struct Pmem {
     _lock: FileLock,
 }
 
+impl std::fmt::Debug for Pmem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pmem")
+            .field("name", &self.name)
+            .field("start", &self.start)
+            .finish_non_exhaustive()
+    }
+}
+
 mmio_by_default!(Pmem);
 
 /// What a driver remembers, format version 1: a machine goes on only with memory like that it was saved

@@ -1,7 +1,13 @@
 //! A machine of one virtio device and a driver for it, in this process and without a processor:
 //! for tests, fuzz targets and benchmarks. The driver does what it is told, also when it is wrong.
 
-#![allow(clippy::unwrap_used, clippy::panic, missing_docs, reason = "only tests use it")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    missing_debug_implementations,
+    missing_docs,
+    reason = "only tests use it"
+)]
 
 pub mod fuzz;
 

@@ -97,6 +97,16 @@ pub struct Mmio {
     faults: FaultCounter,
 }
 
+impl std::fmt::Debug for Mmio {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Mmio")
+            .field("device", &self.device.name())
+            .field("work", &self.work)
+            .field("faults", &self.faults)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Mmio {
     /// `device`, on a thread of its own.
     pub fn new(device: impl VirtioDevice + 'static) -> Self {

@@ -88,6 +88,16 @@ pub struct Pci {
     faults: FaultCounter,
 }
 
+impl std::fmt::Debug for Pci {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pci")
+            .field("device", &self.device.name())
+            .field("work", &self.work)
+            .field("faults", &self.faults)
+            .finish_non_exhaustive()
+    }
+}
+
 impl Pci {
     /// `device`, on a thread of its own.
     pub fn new(device: impl VirtioDevice + 'static) -> Self {

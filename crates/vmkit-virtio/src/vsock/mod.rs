@@ -66,6 +66,16 @@ pub struct Vsock {
     misuse: FaultCounter,
 }
 
+impl std::fmt::Debug for Vsock {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vsock")
+            .field("name", &self.name)
+            .field("cid", &self.cid)
+            .field("misuse", &self.misuse)
+            .finish_non_exhaustive()
+    }
+}
+
 mmio_by_default!(Vsock);
 
 /// Saved state, format version 1. Connections end with the host's sockets.
