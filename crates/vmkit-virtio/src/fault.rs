@@ -47,6 +47,9 @@ pub enum Fault {
     Request(&'static str),
 }
 
+    /// No fault of the driver's: the host fails the device, which cannot go on.
+    #[error("{0}")]
+    Host(&'static str),
 impl Fault {
     pub(crate) fn ring(queue: u16) -> impl Fn(virtio_queue::Error) -> Self {
         move |source| Self::Ring { queue, source }

@@ -3,10 +3,12 @@
 //! Bytes come from the host kernel unless the embedder gives another source, as a machine that must
 //! run the same every time has to.
 
+use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vmkit_device::{DeviceError, Saved, Section, SectionFormat};
 
+use crate::fault::Rarely;
 use crate::transport::mmio::mmio_by_default;
 use crate::{
     Activation, Chain, DeviceKind, Fault, LaneSpec, Progress, Queues, VirtioDevice, Worker,
@@ -16,7 +18,7 @@ const QUEUE_SIZE: u16 = 64;
 /// Most bytes for one request. A driver gets fewer than it asked for (§5.4.6.1 allows that).
 const MOST: u64 = 64 << 10;
 
-type Source = dyn FnMut(&mut [u8]) + Send;
+type Source = dyn FnMut(&mut [u8]) -> io::Result<()> + Send;
 
 /// An entropy device.
 ///
@@ -29,6 +31,8 @@ type Source = dyn FnMut(&mut [u8]) + Send;
 pub struct Rng {
     name: String,
     source: Arc<Mutex<Source>>,
+    /// Outlives resets, so that a guest cannot fill the log by them.
+    errors: Arc<Rarely>,
 }
 
 impl std::fmt::Debug for Rng {
@@ -48,12 +52,21 @@ impl Default for Rng {
 impl Rng {
     /// One that passes on the host's random bytes.
     pub fn new() -> Self {
-        Self::from_source(host_bytes)
+        Self::filled_by(host_bytes)
     }
 
     /// One that passes on what `source` fills in.
-    pub fn from_source(source: impl FnMut(&mut [u8]) + Send + 'static) -> Self {
-        Self { name: "rng0".into(), source: Arc::new(Mutex::new(source)) }
+    pub fn from_source(mut source: impl FnMut(&mut [u8]) + Send + 'static) -> Self {
+        Self::filled_by(move |bytes| {
+            source(bytes);
+            Ok(())
+        })
+    }
+
+    /// One that passes on what `source` fills in, which may fail: the guest is then given nothing, and
+    /// finds the device broken until it resets it.
+    fn filled_by(source: impl FnMut(&mut [u8]) -> io::Result<()> + Send + 'static) -> Self {
+        Self { name: "rng0".into(), source: Arc::new(Mutex::new(source)), errors: Arc::default() }
     }
 
     /// Gives the device another name than `rng0`.
@@ -65,19 +78,17 @@ impl Rng {
 }
 
 /// Fills `bytes` from the host kernel.
-fn host_bytes(bytes: &mut [u8]) {
+fn host_bytes(bytes: &mut [u8]) -> io::Result<()> {
     let mut rest = bytes;
     while !rest.is_empty() {
         match rustix::rand::getrandom(&mut *rest, rustix::rand::GetRandomFlags::empty()) {
             Ok(count) => rest = rest.get_mut(count..).unwrap_or_default(),
             Err(rustix::io::Errno::INTR) => {}
-            Err(error) => {
-                // Every kernel since 3.17 has it; predictable bytes must not pass as random ones.
-                log::error!("no random bytes from the host: {error}");
-                return;
-            }
+            // Every kernel since 3.17 has it.
+            Err(error) => return Err(error.into()),
         }
     }
+    Ok(())
 }
 
 impl VirtioDevice for Rng {
@@ -102,7 +113,12 @@ impl VirtioDevice for Rng {
     fn write_config(&self, _: u64, _: &[u8]) {}
 
     fn activate(&self, _: Activation) -> Result<Vec<LaneSpec>, DeviceError> {
-        let worker = RngWorker { source: self.source.clone(), chain: Chain::new() };
+        let worker = RngWorker {
+            name: self.name.clone(),
+            source: self.source.clone(),
+            chain: Chain::new(),
+            errors: self.errors.clone(),
+        };
         Ok(vec![LaneSpec { queues: vec![0], worker: Box::new(worker) }])
     }
 
@@ -118,8 +134,10 @@ impl VirtioDevice for Rng {
 }
 
 struct RngWorker {
+    name: String,
     source: Arc<Mutex<Source>>,
     chain: Chain,
+    errors: Arc<Rarely>,
 }
 
 impl Worker for RngWorker {
@@ -136,7 +154,12 @@ impl Worker for RngWorker {
             while left > 0 {
                 let count = left.min(bytes.len() as u64);
                 let part = bytes.get_mut(..count as usize).unwrap_or_default();
-                source(part);
+                if let Err(error) = source(part) {
+                    // Predictable bytes must not pass as random ones.
+                    let name = &self.name;
+                    self.errors.log(|n| log::error!("{name}: no random bytes ({n}): {error}"));
+                    return Err(Fault::Host("the host has no random bytes"));
+                }
                 writer.write_all(part)?;
                 left -= count;
             }
@@ -179,6 +202,22 @@ mod tests {
         rig.notify(0);
         assert_eq!((ring.wait_used().1, ring.wait_used().1), (32, 32));
         assert_ne!(rig.bytes(FREE, 32), rig.bytes(FREE + 32, 32));
+    }
+
+    #[test]
+    fn a_source_that_fails_gives_nothing_that_could_pass_for_random() {
+        let mut given = 0;
+        let rng = Rng::filled_by(move |bytes| {
+            bytes.fill(7);
+            given += bytes.len();
+            if given > 256 { Err(io::ErrorKind::Other.into()) } else { Ok(()) }
+        });
+        let rig = Rig::new(Mmio::new(rng).work(WorkModel::Inline));
+        let mut ring = rig.activate(0, 8).remove(0);
+        ring.add(&[], &[(FREE, 300)]);
+        rig.notify(0);
+        assert_eq!((ring.used(), rig.is_broken()), (None, true));
+        assert_eq!(rig.bytes(FREE + 256, 44), [0; 44]);
     }
 
     #[test]
