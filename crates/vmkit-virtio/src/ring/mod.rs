@@ -34,6 +34,11 @@ const USED: usize = 8;
 const NO_INTERRUPT: u16 = 1;
 const NO_NOTIFY: u16 = 1;
 
+/// Buffers a chain in an indirect table may have whatever its queue's size. §2.7.5.3.1 allows no more than
+/// the queue has entries, but Linux may make a smaller queue than it was offered and keep to the number of
+/// buffers that went with that; QEMU takes as many.
+const MOST_INDIRECT: u16 = 1024;
+
 /// What is wrong with a chain of descriptors.
 pub(crate) type Malformed = &'static str;
 
@@ -210,8 +215,9 @@ impl Ring {
                 continue;
             }
             // A chain cannot be longer without a loop in it.
-            if chain.segments.len() >= usize::from(self.size) {
-                return Ok(Err("is longer than its queue"));
+            let most = if indirect { self.size.max(MOST_INDIRECT) } else { self.size };
+            if chain.segments.len() >= usize::from(most) {
+                return Ok(Err("is longer than it may be"));
             }
             if descriptor.flags & WRITE == 0 {
                 if chain.readable < chain.segments.len() {

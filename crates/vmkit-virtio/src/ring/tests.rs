@@ -61,7 +61,7 @@ fn reference(queue: &mut Queue, ram: &GuestRam) -> Result<Option<Taken>, ()> {
         buffers.push((descriptor.addr().0, descriptor.len(), writable));
         ended = !descriptor.has_next();
     }
-    if ended && buffers.len() <= SIZE.into() { Ok(Some((head, buffers))) } else { Err(()) }
+    if ended { Ok(Some((head, buffers))) } else { Err(()) }
 }
 
 /// True for a descriptor that refers to an indirect table and has a next one, or whose table is not all in
@@ -163,6 +163,30 @@ proptest! {
             prop_assert_eq!(ring.positions().1, queue.next_used());
         }
     }
+}
+
+#[test]
+fn an_indirect_table_may_be_longer_than_its_queue_but_not_without_end() {
+    let ram = allocate(&RamLayout::pc(RAM).unwrap(), Backing::Anonymous).unwrap();
+    let mut chain = Chain::new();
+    let put = |at, words: [u64; 2]| ram.write_obj(words.map(u64::to_le), GuestAddress(at)).unwrap();
+    let mut take = |count: u64, looped: bool| {
+        put(TABLE, [INDIRECT_TABLES, (count * 16) | (u64::from(INDIRECT) << 32)]);
+        for n in 0..count {
+            let last = n + 1 == count && !looped;
+            let flags = if last { 0 } else { NEXT };
+            let next = (u64::from(flags) << 32) | (((n + 1) % count) << 48);
+            put(INDIRECT_TABLES + 16 * n, [n, 1 | next]);
+        }
+        ram.write_obj(1_u16.to_le(), GuestAddress(AVAILABLE + 2)).unwrap();
+        let mut ring = Ring::new(state(false, (0, 0)), &ram).unwrap();
+        let taken = ring.pop(&mut chain, &ram);
+        taken.is_ok_and(|some| some).then(|| chain.readable().len())
+    };
+    assert_eq!(take(20, false), Some(20));
+    assert_eq!(take(1024, false), Some(1024));
+    assert_eq!(take(1025, false), None);
+    assert_eq!(take(20, true), None);
 }
 
 #[test]

@@ -189,8 +189,8 @@ fn malformed_chains_break_the_device() {
 }
 
 #[test]
-fn an_indirect_chain_longer_than_its_queue_breaks_the_device() {
-    for (len, breaks) in [(8, false), (9, true), (4096, true)] {
+fn an_indirect_chain_of_more_than_1024_buffers_breaks_the_device() {
+    for (len, breaks) in [(8, false), (9, false), (1024, false), (1025, true), (4096, true)] {
         let rig = rig();
         let mut ring = rig.activate(INDIRECT, 8).remove(0);
         for n in 0..len {
@@ -203,7 +203,7 @@ fn an_indirect_chain_longer_than_its_queue_breaks_the_device() {
             assert_breaks(&rig, &mut ring, "long chain");
         } else {
             rig.notify(0);
-            assert_eq!(ring.used(), Some((0, 8)));
+            assert_eq!(ring.used(), Some((0, len.into())));
         }
     }
 }
