@@ -120,7 +120,9 @@ impl<'a> Cursor<'a> {
     }
 
     #[inline]
-    fn skip(&mut self, mut count: u64) {
+    fn skip(&mut self, count: u64) {
+        // A cursor that was split off ends before its segments do.
+        let mut count = count.min(self.left);
         while count > 0 {
             let Some((_, len)) = self.piece(count) else { return };
             self.step(len);
@@ -393,6 +395,22 @@ mod tests {
         let mut buffers = GuestBuffers::new();
         chain.reader(&ram).buffers(&mut buffers).unwrap();
         assert_eq!(buffers.slices().iter().map(|s| s.len()).collect::<Vec<_>>(), [3, 3]);
+    #[test]
+    fn what_was_split_off_has_no_more_however_far_one_steps() {
+        let ram = allocate(&RamLayout::pc(1 << 20).unwrap(), Backing::Anonymous).unwrap();
+        let chain = chain(&[(0x10, 8)], &[(0x20, 8)]);
+        let mut whole = chain.reader(&ram);
+        let mut front = whole.split(3);
+        front.skip(5);
+        assert_eq!((front.remaining(), front.split(2).remaining()), (0, 0));
+        let mut other = chain.reader(&ram).split(3);
+        assert_eq!((other.split(7).remaining(), other.remaining()), (3, 0));
+        let mut front = chain.writer(&ram).split(3);
+        front.skip(u64::MAX);
+        assert_eq!((front.remaining(), front.written()), (0, 3));
+        assert_eq!(whole.remaining(), 5);
+    }
+
         assert_eq!(buffers.bytes(), 6);
     }
 
