@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bitflags::bitflags;
 use vmkit_device::EventFd;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::EFD_NONBLOCK;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK};
 
 bitflags! {
     /// What to wait for.
@@ -183,7 +183,7 @@ impl Wake {
     /// # Errors
     /// What the host said.
     pub fn new() -> io::Result<Self> {
-        Ok(Self { fd: Arc::new(EventFd::new(EFD_NONBLOCK)?) })
+        Ok(Self { fd: Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?) })
     }
 
     /// Wakes the lane.
@@ -200,5 +200,22 @@ impl Wake {
 impl AsRawFd for Wake {
     fn as_raw_fd(&self) -> RawFd {
         self.fd.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg_attr(miri, ignore = "flags of descriptors")]
+    fn programs_that_the_embedder_starts_inherit_no_descriptor() {
+        const CLOSE_ON_EXEC: u32 = 0o200_0000;
+        let (poller, wake) = (Poller::new().unwrap(), Wake::new().unwrap());
+        for fd in [poller.as_raw_fd(), wake.as_raw_fd()] {
+            let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{fd}")).unwrap();
+            let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap();
+            assert_ne!(u32::from_str_radix(flags.trim(), 8).unwrap() & CLOSE_ON_EXEC, 0, "{info}");
+        }
     }
 }
