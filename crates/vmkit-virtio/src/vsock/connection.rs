@@ -10,7 +10,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
 use rustix::io::Errno;
-use rustix::net::{SendFlags, send};
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 use vmkit_memory::GuestBuffers;
 
 use super::packet::{Header, op, shutdown};
@@ -48,6 +48,16 @@ pub(super) mod owed {
     pub const SHUTDOWN: u8 = 16;
     /// The last word: the connection is gone once it has been said.
     pub const RST: u8 = 32;
+}
+
+/// What became of data from the guest. All but the first ends the connection.
+pub(super) enum Taken {
+    /// It is written, or waits for the socket.
+    All,
+    /// The host program is gone, which a guest cannot know.
+    Gone,
+    /// It was more than the guest had credit for, or came after it said that none would.
+    Misuse,
 }
 
 /// What became of a connection's turn to speak.
@@ -161,6 +171,22 @@ impl Connection {
         Err(())
     }
 
+    /// True if the host program is gone and left nothing to be read. One that only said that it sends no
+    /// more may still wait for what the guest sends.
+    pub(super) fn is_abandoned(&self) -> bool {
+        let gone = |error| matches!(error, Errno::PIPE | Errno::CONNRESET);
+        send(&self.stream, &[], SendFlags::NOSIGNAL).is_err_and(gone)
+            && match recv(&self.stream, &mut [0], RecvFlags::PEEK) {
+                Ok((_, count)) => count == 0,
+                Err(error) => gone(error),
+            }
+    }
+
+    /// The guest has not been asked yet.
+    pub(super) fn is_unasked(&self) -> bool {
+        self.owed & owed::REQUEST != 0
+    }
+
     /// The guest agreed.
     pub(super) fn opened(&mut self) {
         if self.state == (State::Asking { announce: true }) {
@@ -171,12 +197,11 @@ impl Connection {
         self.state = State::Open;
     }
 
-    /// Takes `len` bytes of data from the guest. False if that ends the connection: it sent more
-    /// than it had credit for, or after it said that it would not, or the host program is gone.
-    pub(super) fn take(&mut self, data: &mut Reader<'_>, len: u32) -> Result<bool, Fault> {
+    /// Takes `len` bytes of data from the guest.
+    pub(super) fn take(&mut self, data: &mut Reader<'_>, len: u32) -> Result<Taken, Fault> {
         let held = self.received.wrapping_sub(self.forwarded);
         if self.state != State::Open || self.mute || len > BUFFER.saturating_sub(held) {
-            return Ok(false);
+            return Ok(Taken::Misuse);
         }
         self.received = self.received.wrapping_add(len);
         let mut data = data.split(len.into());
@@ -189,14 +214,14 @@ impl Connection {
                     self.forwarded = self.forwarded.wrapping_add(count as u32);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(_) => return Ok(false),
+                Err(_) => return Ok(Taken::Gone),
             }
         }
         if data.remaining() > 0 {
             self.keep(&mut data)?;
         }
         self.offer_room();
-        Ok(true)
+        Ok(Taken::All)
     }
 
     /// Keeps `data` until the socket has room.

@@ -7,7 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::unix::net::UnixStream;
 
-use super::connection::{Connection, Key, Said, State, owed};
+use super::connection::{Connection, Key, Said, State, Taken, owed};
 use super::host::Host;
 use super::packet::{Header, STREAM, op};
 use crate::{Fault, Interest, Poller, Reader, Writer};
@@ -186,6 +186,14 @@ impl Table {
                 self.remove(token);
             }
             return;
+        } else if matches!(connection.state, State::Asking { .. }) {
+            // A guest may never answer, and a slot would be taken for ever.
+            if readable && connection.is_abandoned() {
+                if connection.is_unasked() {
+                    return self.remove(token);
+                }
+                connection.owe(owed::RST);
+            }
         } else if writable && !connection.flush() {
             connection.owe(owed::RST);
         }
@@ -233,17 +241,21 @@ impl Table {
         let Some(connection) = self.get(token) else { return Ok(Ok(())) };
         connection.credit(header);
         match header.op {
-            op::RW if !connection.take(data, header.len)? => {
-                connection.owe(owed::RST);
-                return Ok(Err("data without credit, or on a connection that is not open"));
-            }
+            op::RW => match connection.take(data, header.len)? {
+                Taken::All => {}
+                Taken::Gone => connection.owe(owed::RST),
+                Taken::Misuse => {
+                    connection.owe(owed::RST);
+                    return Ok(Err("data without credit, or on a connection that is not open"));
+                }
+            },
             op::RESPONSE if matches!(connection.state, State::Asking { .. }) => connection.opened(),
             // It keeps its place in the table until all is written.
             op::RST if connection.let_go() => self.forget(token),
             op::RST => self.remove(token),
             op::SHUTDOWN => connection.shut_down(header.flags),
             op::CREDIT_REQUEST => connection.owe(owed::CREDIT_UPDATE),
-            op::RW | op::CREDIT_UPDATE => {}
+            op::CREDIT_UPDATE => {}
             _ => {
                 connection.owe(owed::RST);
                 return Ok(Err("a packet that does not fit its connection"));
@@ -439,6 +451,54 @@ mod tests {
         assert_eq!(streams[0].read(&mut piece).unwrap(), 0);
         let mut pieces = found.chunks(piece.len()).zip(1_usize..);
         assert!(pieces.all(|(piece, n)| *piece == [n as u8; PIECE as usize]));
+        assert_eq!(table.len(), 0);
+    }
+
+    #[test]
+    fn a_host_program_that_does_not_wait_for_the_guests_answer_frees_its_place() {
+        let ram = ram();
+        let mut table = Table::new(CREDIT.src_cid);
+        let ask = |table: &mut Table| {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            ours.set_nonblocking(true).unwrap();
+            table.ask(1000, ours);
+            theirs
+        };
+        // The guest is not asked.
+        drop(ask(&mut table));
+        table.socket_event(0, true, true);
+        assert_eq!((table.len(), table.by_key.len(), hear(&mut table, &ram)), (0, 0, None));
+        // It has been asked.
+        let mut program = ask(&mut table);
+        let ops = |table: &mut Table| hear(table, &ram).map(|(_, header, _)| header.op);
+        assert_eq!(ops(&mut table), Some(op::REQUEST));
+        program.write_all(b"early").unwrap();
+        table.socket_event(0, true, true);
+        assert_eq!((table.len(), ops(&mut table)), (1, None));
+        // It sends no more, and waits.
+        program.shutdown(std::net::Shutdown::Write).unwrap();
+        table.socket_event(0, true, true);
+        assert_eq!((table.len(), ops(&mut table)), (1, None));
+        drop(program);
+        // What it sent is still to arrive.
+        table.socket_event(0, true, true);
+        assert_eq!((table.len(), ops(&mut table)), (1, None));
+        table.get(0).unwrap().stream.read_exact(&mut [0; 5]).unwrap();
+        table.socket_event(0, true, true);
+        assert_eq!((ops(&mut table), table.len(), ops(&mut table)), (Some(op::RST), 0, None));
+    }
+
+    #[test]
+    fn to_send_to_a_host_program_that_is_gone_is_no_misuse() {
+        let (ram, host) = (ram(), nobody());
+        let (mut table, streams) = table(&[1]);
+        drop(streams);
+        let segments = vec![Segment { addr: AT, len: 8 }];
+        let chain = Chain { head: 0, segments, readable: 1 };
+        let header = Header { src_port: 1000, dst_port: 1, op: op::RW, len: 8, ..CREDIT };
+        let mut tell = || table.handle(&header, &mut chain.reader(&ram), &host).unwrap();
+        assert_eq!(tell(), Ok(()));
+        assert_eq!(hear(&mut table, &ram).map(|(_, header, _)| header.op), Some(op::RST));
         assert_eq!(table.len(), 0);
     }
 
