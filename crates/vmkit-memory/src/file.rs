@@ -13,7 +13,9 @@ use crate::{MemoryError, MemoryRegion, PAGE_SIZE, WriteTracker};
 pub enum FileWrites {
     /// Into the file, where every other user of it sees them.
     Through,
-    /// Into pages of this mapping's own, gone when it is. The file stays as it is.
+    /// Into pages of this mapping's own, gone when it is. The file stays as it is. As each such page is
+    /// the host's to find, nothing that a guest chooses may write there: see
+    /// [`may_write`](crate::may_write).
     Aside,
 }
 
@@ -70,12 +72,12 @@ impl FileMemory {
     pub fn region(&self, start: GuestAddress) -> Result<MemoryRegion, MemoryError> {
         let refused = |source| MemoryError::Map { start: start.0, len: self.bytes, source };
         let file = self.file.try_clone().map_err(refused)?;
-        let sharing = match self.writes {
-            FileWrites::Through => libc::MAP_SHARED,
-            FileWrites::Aside => libc::MAP_PRIVATE,
+        let (sharing, tracker) = match self.writes {
+            FileWrites::Through => (libc::MAP_SHARED, WriteTracker::new(self.bytes)),
+            FileWrites::Aside => (libc::MAP_PRIVATE, WriteTracker::read_only(self.bytes)),
         };
         let len = usize::try_from(self.bytes).map_err(|error| refused(io::Error::other(error)))?;
-        let mapping = MmapRegionBuilder::new_with_bitmap(len, WriteTracker::new(self.bytes))
+        let mapping = MmapRegionBuilder::new_with_bitmap(len, tracker)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(sharing | libc::MAP_NORESERVE)
             .with_file_offset(FileOffset::new(file, 0))

@@ -10,13 +10,45 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 use arrayvec::ArrayVec;
 use vm_memory::bitmap::{BS, Bitmap};
-use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, VolatileSlice};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MmapRegion, VolatileSlice};
 
 use crate::region::is_ram;
 use crate::{GuestRam, MemoryRegion, PAGE_SIZE, WriteTracker};
 
 /// A piece of guest memory, contiguous on the host.
 pub type GuestSlice<'a> = VolatileSlice<'a, BS<'a, WriteTracker>>;
+
+/// The `len` bytes at `at`, for a device to write; none if they are not all in one region, or may not
+/// be written.
+#[inline]
+pub fn slice_to_write(ram: &GuestRam, at: GuestAddress, len: usize) -> Option<GuestSlice<'_>> {
+    let (region, start) = ram.to_region_addr(at)?;
+    if is_read_only(region) {
+        return None;
+    }
+    region.get_slice(start, len).ok()
+}
+
+/// False if any of the `len` bytes at `at` is in memory that devices only read: a file whose guest's writes
+/// go [`Aside`](crate::FileWrites::Aside). Each page that a device wrote there would be a copy of the
+/// host's beyond the memory that the machine was given. Bytes that are not there are not looked at.
+#[inline]
+pub fn may_write(ram: &GuestRam, at: GuestAddress, len: usize) -> bool {
+    let last = at.0.saturating_add((len as u64).saturating_sub(1));
+    match ram.find_region(at) {
+        Some(region) if region.last_addr().0 >= last => !is_read_only(region),
+        // It spans regions, or is not all there.
+        _ => ram.iter().all(|region| {
+            !is_read_only(region) || region.last_addr() < at || region.start_addr().0 > last
+        }),
+    }
+}
+
+#[inline]
+fn is_read_only(region: &MemoryRegion) -> bool {
+    let mapping: &MmapRegion<WriteTracker> = region;
+    mapping.bitmap().is_read_only()
+}
 
 /// Pieces of guest memory for one vectored call.
 ///

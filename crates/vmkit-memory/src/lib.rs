@@ -17,7 +17,7 @@ mod tracker;
 mod uring;
 
 pub use file::{FileMemory, FileWrites};
-pub use hostio::{GuestBuffers, GuestSlice, discard};
+pub use hostio::{GuestBuffers, GuestSlice, discard, may_write, slice_to_write};
 pub use layout::{HIGH_RAM_START, MMIO_HOLE_START, RamLayout, RamRange};
 pub use region::{Backing, GuestRam, MemoryError, MemoryRegion, allocate, region_at};
 pub use tap::{TapOffloads, open_tap, set_tap_offloads};

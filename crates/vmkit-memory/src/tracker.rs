@@ -75,6 +75,7 @@ pub struct WriteTracker {
 #[derive(Default)]
 struct Inner {
     len: u64,
+    read_only: bool,
     tracking: AtomicBool,
     dirty: Box<[AtomicU64]>,
     lines: Box<[AtomicU64]>,
@@ -96,16 +97,32 @@ fn zeroed(count: u64) -> Box<[AtomicU64]> {
 impl WriteTracker {
     /// A tracker for a region of `len` bytes.
     pub fn new(len: u64) -> Self {
+        Self::with(len, false)
+    }
+
+    /// A tracker for a region of `len` bytes that devices may only read.
+    pub(crate) fn read_only(len: u64) -> Self {
+        Self::with(len, true)
+    }
+
+    fn with(len: u64, read_only: bool) -> Self {
         let pages = len.div_ceil(PAGE_SIZE);
         Self {
             inner: Arc::new(Inner {
                 len,
+                read_only,
                 tracking: AtomicBool::new(false),
                 dirty: zeroed(pages.div_ceil(64)),
                 lines: zeroed(pages),
                 watch: OnceLock::new(),
             }),
         }
+    }
+
+    /// True if devices may only read the region.
+    #[inline]
+    pub(crate) fn is_read_only(&self) -> bool {
+        self.inner.read_only
     }
 
     /// Turns dirty tracking on or off. Bits already set stay.

@@ -14,7 +14,7 @@ use io_uring::{IoUring, opcode, types};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemory, GuestMemoryError, Permissions};
 
-use crate::GuestRam;
+use crate::{GuestRam, may_write};
 
 /// Most pieces of memory in one operation of the kernel's (`UIO_MAXIOV`).
 const MOST_PIECES: usize = 1024;
@@ -270,7 +270,8 @@ impl Entry<'_> {
     /// Begins to read from `offset` of the file on into `pieces` of memory, one after the other.
     ///
     /// # Errors
-    /// [`GuestMemoryError`] if a piece is not all in memory; nothing was begun then.
+    /// [`GuestMemoryError`] if a piece is not all in memory, or [may not be written](crate::may_write);
+    /// nothing was begun then.
     pub fn read(
         self,
         offset: u64,
@@ -313,6 +314,9 @@ impl Entry<'_> {
         slot.places.clear();
         let access = if kind == Kind::Read { Permissions::Write } else { Permissions::Read };
         for (at, len) in pieces.filter(|(_, len)| *len > 0) {
+            if kind == Kind::Read && !may_write(&ring.memory, at, len as usize) {
+                return Err(GuestMemoryError::InvalidGuestAddress(at));
+            }
             for slice in GuestMemory::get_slices(&*ring.memory, at, len as usize, access)? {
                 let slice = slice?;
                 slot.pieces.push(libc::iovec {
@@ -368,7 +372,7 @@ mod tests {
     use vm_memory::{Bytes, GuestMemoryBackend};
 
     use super::*;
-    use crate::{Backing, DirtyBitmap, RamLayout, allocate};
+    use crate::{Backing, DirtyBitmap, FileMemory, FileWrites, RamLayout, allocate};
 
     /// A ring on a file whose byte at each offset is the offset's page, or none where the host has no
     /// io_uring.
@@ -465,6 +469,21 @@ mod tests {
         ring.entry().unwrap().read(u64::MAX, pieces(&[(0, 8)])).unwrap();
         ring.entry().unwrap().read(0, pieces(&[])).unwrap();
         finish(&mut ring);
+    }
+
+    #[test]
+    fn memory_that_devices_only_read_is_written_to_the_file_and_not_read_into() {
+        let Some((_, file, ram)) = ring(1, 2) else { return };
+        let (high, own) = (GuestAddress(8 << 20), file.try_clone().unwrap());
+        let aside = FileMemory::new(own, FileWrites::Aside).unwrap().region(high).unwrap();
+        let ram = ram.insert_region(aside.into()).unwrap();
+        let mut ring = FileRing::new(file, ram, 2).unwrap();
+        for at in [high.0, high.0 - 4] {
+            assert!(ring.entry().unwrap().read(0, pieces(&[(0, 8), (at, 8)])).is_err());
+        }
+        assert_eq!(ring.in_flight(), 0);
+        ring.entry().unwrap().write(2048, pieces(&[(high.0, 8)])).unwrap();
+        assert!(finish(&mut ring)[0].1.is_ok());
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 use vmkit_memory::{
     Bytes, GuestAddress, GuestBuffers, GuestMemory, GuestMemoryBackend, GuestRam, Permissions,
+    may_write, slice_to_write,
 };
 
 use crate::Fault;
@@ -143,7 +144,12 @@ impl<'a> Cursor<'a> {
     fn buffers(&mut self, into: &mut GuestBuffers<'a>, access: Permissions) -> Result<(), Fault> {
         while self.left > 0 && !into.is_full() {
             let Some((at, len)) = self.piece(self.left) else { return Ok(()) };
-            if let Ok(slice) = GuestMemoryBackend::get_slice(self.memory, at, len as usize) {
+            let found = if access == Permissions::Write {
+                slice_to_write(self.memory, at, len as usize)
+            } else {
+                GuestMemoryBackend::get_slice(self.memory, at, len as usize).ok()
+            };
+            if let Some(slice) = found {
                 if !into.push(slice) {
                     return Ok(());
                 }
@@ -152,6 +158,9 @@ impl<'a> Cursor<'a> {
             }
             // It spans regions, or is not there.
             let outside = || Fault::Memory { at: at.0, len: len.into() };
+            if access == Permissions::Write && !may_write(self.memory, at, len as usize) {
+                return Err(outside());
+            }
             let slices = GuestMemory::get_slices(self.memory, at, len as usize, access)
                 .map_err(|_| outside())?;
             for slice in slices {
@@ -296,7 +305,8 @@ impl<'a> Writer<'a> {
     /// Writes all of `from`.
     ///
     /// # Errors
-    /// [`Fault::Short`] if the chain ends before, [`Fault::Memory`] if it leaves guest memory.
+    /// [`Fault::Short`] if the chain ends before, [`Fault::Memory`] if it leaves guest memory
+    /// or what devices may write of it.
     #[inline]
     pub fn write_all(&mut self, from: &[u8]) -> Result<(), Fault> {
         let missing = (from.len() as u64).saturating_sub(self.cursor.left);
@@ -307,13 +317,15 @@ impl<'a> Writer<'a> {
         while !rest.is_empty() {
             let Some((at, len)) = self.cursor.piece(rest.len() as u64) else { break };
             let Some((part, after)) = rest.split_at_checked(len as usize) else { break };
-            match GuestMemoryBackend::get_slice(self.cursor.memory, at, part.len()) {
-                Ok(slice) => slice.copy_from(part),
-                Err(_) => self
-                    .cursor
-                    .memory
-                    .write_slice(part, at)
-                    .map_err(|_| Fault::Memory { at: at.0, len: len.into() })?,
+            match slice_to_write(self.cursor.memory, at, part.len()) {
+                Some(slice) => slice.copy_from(part),
+                // It spans regions, is not there, or is not to be written.
+                None => {
+                    let memory = self.cursor.memory;
+                    let whole = may_write(memory, at, part.len());
+                    let done = whole && memory.write_slice(part, at).is_ok();
+                    done.then_some(()).ok_or(Fault::Memory { at: at.0, len: len.into() })?;
+                }
             }
             self.cursor.step(len);
             rest = after;
@@ -337,7 +349,8 @@ impl<'a> Writer<'a> {
     /// Adds what is left to `into`, as far as there is room, and steps over it.
     ///
     /// # Errors
-    /// [`Fault::Memory`] if the chain leaves guest memory.
+    /// [`Fault::Memory`] if the chain leaves guest memory
+    /// or what devices may write of it.
     pub fn buffers(&mut self, into: &mut GuestBuffers<'a>) -> Result<(), Fault> {
         self.cursor.buffers(into, Permissions::Write)
     }
@@ -383,19 +396,6 @@ mod tests {
     }
 
     #[test]
-    fn a_buffer_may_cross_from_one_region_into_the_next() {
-        use std::sync::Arc;
-        use vmkit_memory::region_at;
-        let region =
-            |at| Arc::new(region_at(GuestAddress(at), 0x1000, Backing::Anonymous).unwrap());
-        let ram = GuestRam::from_arc_regions(vec![region(0), region(0x1000)]).unwrap();
-        let chain = chain(&[(0xFFD, 6)], &[(0xFFD, 6)]);
-        chain.writer(&ram).write_all(b"across").unwrap();
-        assert_eq!(&chain.reader(&ram).read_array::<6>().unwrap(), b"across");
-        let mut buffers = GuestBuffers::new();
-        chain.reader(&ram).buffers(&mut buffers).unwrap();
-        assert_eq!(buffers.slices().iter().map(|s| s.len()).collect::<Vec<_>>(), [3, 3]);
-    #[test]
     fn what_was_split_off_has_no_more_however_far_one_steps() {
         let ram = allocate(&RamLayout::pc(1 << 20).unwrap(), Backing::Anonymous).unwrap();
         let chain = chain(&[(0x10, 8)], &[(0x20, 8)]);
@@ -411,6 +411,19 @@ mod tests {
         assert_eq!(whole.remaining(), 5);
     }
 
+    #[test]
+    fn a_buffer_may_cross_from_one_region_into_the_next() {
+        use std::sync::Arc;
+        use vmkit_memory::region_at;
+        let region =
+            |at| Arc::new(region_at(GuestAddress(at), 0x1000, Backing::Anonymous).unwrap());
+        let ram = GuestRam::from_arc_regions(vec![region(0), region(0x1000)]).unwrap();
+        let chain = chain(&[(0xFFD, 6)], &[(0xFFD, 6)]);
+        chain.writer(&ram).write_all(b"across").unwrap();
+        assert_eq!(&chain.reader(&ram).read_array::<6>().unwrap(), b"across");
+        let mut buffers = GuestBuffers::new();
+        chain.reader(&ram).buffers(&mut buffers).unwrap();
+        assert_eq!(buffers.slices().iter().map(|s| s.len()).collect::<Vec<_>>(), [3, 3]);
         assert_eq!(buffers.bytes(), 6);
     }
 

@@ -28,8 +28,10 @@ pub enum Fault {
         /// What is wrong with it.
         what: &'static str,
     },
-    /// A buffer is not all in guest memory.
-    #[error("a buffer of {len:#x} bytes at {at:#x} is not in guest memory")]
+    /// A buffer is not all in guest memory, or is to be written and lies in memory that devices only read.
+    #[error(
+        "a buffer of {len:#x} bytes at {at:#x} is not in guest memory that a device may use so"
+    )]
     Memory {
         /// Guest-physical address.
         at: u64,
@@ -45,11 +47,11 @@ pub enum Fault {
     /// A request that no driver may make.
     #[error("{0}")]
     Request(&'static str),
-}
-
     /// No fault of the driver's: the host fails the device, which cannot go on.
     #[error("{0}")]
     Host(&'static str),
+}
+
 impl Fault {
     pub(crate) fn ring(queue: u16) -> impl Fn(virtio_queue::Error) -> Self {
         move |source| Self::Ring { queue, source }

@@ -85,14 +85,13 @@ impl Pmem {
         Self::open(path.as_ref(), FileWrites::Through)
     }
 
-    /// The file at `path`, for reading; writes of the guest are ignored. Others may read it too, and all
-    /// who do share its pages.
+    /// The file at `path`, for reading; writes of the guest are ignored, and a device that it tells to write
+    /// there refuses and is broken until a reset. Others may read it too, and all who do share its pages.
     ///
     /// # Errors
     /// [`DeviceError::Host`] if it cannot be opened or is being written, [`DeviceError::Config`] if its
     /// size is no multiple of 2 MiB.
     pub fn read_only_file(path: impl AsRef<Path>) -> Result<Self, DeviceError> {
-        // Devices of the same guest may be told to write to it, and must find memory.
         Self::open(path.as_ref(), FileWrites::Aside)
     }
 

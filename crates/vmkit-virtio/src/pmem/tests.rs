@@ -1,11 +1,11 @@
 use std::io::Write;
 
 use tempfile::NamedTempFile;
-use vmkit_memory::{Backing, RamLayout, allocate};
+use vmkit_memory::{Backing, Bytes, GuestBuffers, RamLayout, allocate};
 
 use super::*;
 use crate::testing::{FREE, Rig, Ring, lone_queue};
-use crate::{Mmio, WorkModel};
+use crate::{Mmio, Segment, WorkModel};
 
 fn file(bytes: u64) -> NamedTempFile {
     let file = NamedTempFile::new().unwrap();
@@ -48,6 +48,38 @@ fn requests_without_room_break_the_device() {
         rig.notify(0);
         assert!(rig.is_broken(), "{readable} {writable:?}");
     }
+}
+
+#[test]
+fn devices_read_from_a_read_only_file_and_never_write_to_it() {
+    let image = file(BLOCK);
+    image.as_file().write_all(&[7; 8]).unwrap();
+    let high = GuestAddress(1 << 20);
+    let memory = Pmem::read_only_file(image.path()).unwrap().memory.clone();
+    let aside = Arc::new(memory.region(high).unwrap());
+    let ram = allocate(&RamLayout::pc(1 << 20).unwrap(), Backing::Anonymous).unwrap();
+    let ram = ram.insert_region(aside).unwrap();
+    // All of it in the file, and from RAM into it.
+    for at in [high.0, high.0 - 4] {
+        let chain = |readable| {
+            let segments = vec![Segment { addr: at, len: 8 }];
+            Chain { head: 0, segments, readable }
+        };
+        let (into, from) = (chain(0), chain(1));
+        let done = into.writer(&ram).write_all(&[1; 8]);
+        assert!(matches!(done, Err(Fault::Memory { .. })), "{at:#x}");
+        let given = into.writer(&ram).buffers(&mut GuestBuffers::new());
+        assert!(matches!(given, Err(Fault::Memory { .. })), "{at:#x}");
+        assert!(from.reader(&ram).read_array::<8>().is_ok(), "{at:#x}");
+        from.reader(&ram).buffers(&mut GuestBuffers::new()).unwrap();
+    }
+    let mut found = [0; 8];
+    ram.read_slice(&mut found, high).unwrap();
+    assert_eq!(found, [7; 8]);
+    // The page is the file's.
+    std::os::unix::fs::FileExt::write_all_at(image.as_file(), &[8; 8], 0).unwrap();
+    ram.read_slice(&mut found, high).unwrap();
+    assert_eq!(found, [8; 8]);
 }
 
 #[test]

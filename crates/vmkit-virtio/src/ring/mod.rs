@@ -14,7 +14,7 @@ use std::sync::atomic::{Ordering, fence};
 use virtio_queue::{Error, Queue, QueueState, QueueT};
 use vmkit_memory::{
     Bytes, GuestAddress, GuestMemoryBackend, GuestRam, GuestSlice, MmapRegion, VolatileMemory,
-    WriteTracker,
+    WriteTracker, may_write,
 };
 
 use crate::{Chain, Segment};
@@ -68,6 +68,10 @@ impl Area {
         let (region, start) = memory.to_region_addr(GuestAddress(at))?;
         let area = Self { mapping: region.get_mmap(), start: start.0 as usize, len };
         area.slice().is_ok().then_some(area)
+    }
+
+    fn to_write(memory: &GuestRam, at: u64, len: usize) -> Option<Self> {
+        may_write(memory, GuestAddress(at), len).then(|| Self::find(memory, at, len)).flatten()
     }
 
     #[inline]
@@ -131,7 +135,8 @@ impl Ring {
     pub(crate) fn new(state: QueueState, memory: &GuestRam) -> Result<Self, Error> {
         let queue = Queue::try_from(state)?;
         let size = usize::from(queue.size());
-        let find = |at, len| Area::find(memory, at, len).ok_or(Error::FindMemoryRegion);
+        let found = |area: Option<Area>| area.ok_or(Error::FindMemoryRegion);
+        let find = |at, len| found(Area::find(memory, at, len));
         let (next_available, next_used) =
             (Wrapping(queue.next_avail()), Wrapping(queue.next_used()));
         Ok(Self {
@@ -140,7 +145,7 @@ impl Ring {
             descriptors: find(queue.desc_table(), DESCRIPTOR * size)?,
             // Each with the other side's event index behind it.
             available: find(queue.avail_ring(), ENTRIES + 2 * size + 2)?,
-            used: find(queue.used_ring(), ENTRIES + USED * size + 2)?,
+            used: found(Area::to_write(memory, queue.used_ring(), ENTRIES + USED * size + 2))?,
             next_available,
             seen: next_available,
             next_used,

@@ -241,3 +241,20 @@ fn rings_are_refused_unless_each_lies_in_one_region() {
         refused(QueueState { used_ring: at, ..whole });
     }
 }
+
+#[test]
+#[cfg_attr(miri, ignore = "a file as memory")]
+fn the_used_ring_lies_where_devices_may_write() {
+    use vmkit_memory::{FileMemory, FileWrites};
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(0x4000).unwrap();
+    let region =
+        FileMemory::new(file, FileWrites::Aside).unwrap().region(GuestAddress(RAM)).unwrap();
+    let ram = allocate(&RamLayout::pc(RAM).unwrap(), Backing::Anonymous).unwrap();
+    let ram = ram.insert_region(Arc::new(region)).unwrap();
+    let whole = state(false, (0, 0));
+    assert!(
+        Ring::new(QueueState { avail_ring: RAM, desc_table: RAM + 0x1000, ..whole }, &ram).is_ok()
+    );
+    assert!(Ring::new(QueueState { used_ring: RAM, ..whole }, &ram).is_err());
+}
