@@ -200,6 +200,7 @@ impl LocalApic {
     #[must_use]
     pub fn address(&self) -> ApicAddress {
         ApicAddress::new(self.mode(), self.config.id, self.ldr, self.dfr)
+            .with_software_enable(self.is_software_enabled())
     }
 
     /// Whether a message to `dest` is for this local APIC.

@@ -8,6 +8,7 @@ use crate::message::{ApicMessage, BROADCAST, DeliveryMode, Ipi, Shorthand};
 const LDR_SHIFT: u32 = 32;
 const MODEL_SHIFT: u32 = 40;
 const MODE_SHIFT: u32 = 44;
+const SOFTWARE_DISABLED: u64 = 1 << 46;
 
 /// Whether and how a local APIC is on: IA32_APIC_BASE bits 11 and 10.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -25,8 +26,8 @@ pub enum ApicMode {
 pub struct ApicAddress(u64);
 
 impl ApicAddress {
-    /// The address of a local APIC with this ID. `ldr` and `dfr` are the registers' values; they
-    /// matter in xAPIC mode only.
+    /// The address of a local APIC with this ID that software has enabled. `ldr` and `dfr` are the
+    /// registers' values; they matter in xAPIC mode only.
     #[must_use]
     pub fn new(mode: ApicMode, id: u32, ldr: u32, dfr: u32) -> Self {
         let mode: u64 = match mode {
@@ -40,6 +41,12 @@ impl ApicAddress {
                 | u64::from(dfr >> 28) << MODEL_SHIFT
                 | mode << MODE_SHIFT,
         )
+    }
+
+    /// The same, with the software enable bit of the spurious vector register as it is here.
+    #[must_use]
+    pub fn with_software_enable(self, enabled: bool) -> Self {
+        Self(if enabled { self.0 & !SOFTWARE_DISABLED } else { self.0 | SOFTWARE_DISABLED })
     }
 
     /// The word, to be kept in an atomic.
@@ -70,6 +77,15 @@ impl ApicAddress {
         }
     }
 
+    /// Whether the local APIC takes messages of this mode: one that software has disabled responds
+    /// to INIT, NMI, SMI and SIPI only (Intel SDM vol. 3A §11.4.7.2).
+    #[must_use]
+    pub fn takes(self, mode: DeliveryMode) -> bool {
+        let enabled = self.0 & SOFTWARE_DISABLED == 0;
+        self.mode() != ApicMode::Disabled
+            && (enabled || !mode.is_vectored() && mode != DeliveryMode::ExtInt)
+    }
+
     /// Whether a message to `dest` is for this local APIC (Intel SDM vol. 3A §11.6.2,
     /// §11.12.10). A disabled one matches nothing.
     #[must_use]
@@ -98,8 +114,8 @@ impl ApicAddress {
     }
 }
 
-/// Calls `deliver` with the index of each local APIC that `message` is for and returns how many
-/// that were. A lowest-priority message goes to one: the lowest by `priority` (the processor
+/// Calls `deliver` with the index of each local APIC that `message` is for and that
+/// [takes](ApicAddress::takes) it, and returns how many that were. A lowest-priority message goes to one: the lowest by `priority` (the processor
 /// priority is the natural measure), and among equals one picked by the vector, so that a fixed
 /// priority function still spreads the interrupts.
 pub fn route<A>(
@@ -115,7 +131,7 @@ where
     let targets = apics
         .into_iter()
         .enumerate()
-        .filter(|(_, a)| a.matches(message.dest, message.logical))
+        .filter(|(_, a)| a.takes(message.mode) && a.matches(message.dest, message.logical))
         .map(|(index, _)| index);
     spread(message, targets, priority, deliver)
 }
@@ -139,7 +155,7 @@ where
     let targets = apics
         .into_iter()
         .enumerate()
-        .filter(|(index, a)| a.mode() != ApicMode::Disabled && (with_self || *index != sender))
+        .filter(|(index, a)| a.takes(ipi.message.mode) && (with_self || *index != sender))
         .map(|(index, _)| index);
     spread(&ipi.message, targets, priority, deliver)
 }
@@ -233,6 +249,44 @@ mod tests {
         assert_eq!(seen[0], 0);
         assert!(seen[1..].iter().all(|&n| n > 16));
         assert_eq!(route(&message(DeliveryMode::Fixed, 0x40), apics, |_| 0, |_| ()), 3);
+    }
+
+    #[test]
+    fn a_local_apic_that_software_disabled_takes_no_vector() {
+        let apics = [xapic(0, 1, FLAT), xapic(1, 0, FLAT).with_software_enable(false)];
+        let to_all = |mode, vector| ApicMessage { dest: BROADCAST, ..message(mode, vector) };
+        for vector in 0x40..0x80 {
+            let msg = to_all(DeliveryMode::LowestPriority, vector);
+            assert_eq!(route(&msg, apics, |_| 0, |i| assert_eq!(i, 0, "{vector:#x}")), 1);
+        }
+        for (mode, takers) in [
+            (DeliveryMode::Fixed, 1),
+            (DeliveryMode::ExtInt, 1),
+            (DeliveryMode::Nmi, 2),
+            (DeliveryMode::Smi, 2),
+            (DeliveryMode::Init, 2),
+            (DeliveryMode::Sipi, 2),
+        ] {
+            let msg = to_all(mode, 0x40);
+            assert_eq!(route(&msg, apics, |_| 0, |_| ()), takers, "{mode:?}");
+            let ipi = Ipi { shorthand: Shorthand::All, message: msg };
+            assert_eq!(route_ipi(&ipi, 0, apics, |_| 0, |_| ()), takers, "{mode:?}");
+        }
+        assert!(apics[1].with_software_enable(true).takes(DeliveryMode::Fixed));
+    }
+
+    #[test]
+    fn an_address_follows_the_software_enable_bit() {
+        use crate::lapic::{LapicAction, LapicConfig, LocalApic};
+        let mut apic = LocalApic::new(LapicConfig::new(1));
+        for (svr, takes) in [(0x1ff_u32, true), (0xff, false), (0x1ff, true)] {
+            assert_eq!(apic.address().takes(DeliveryMode::Fixed), !takes);
+            assert_eq!(apic.write_mmio(0xf0, &svr.to_le_bytes(), 0), LapicAction::None);
+            assert_eq!(apic.address().takes(DeliveryMode::Fixed), takes);
+            assert!(apic.address().takes(DeliveryMode::Sipi));
+        }
+        apic.init();
+        assert!(!apic.address().takes(DeliveryMode::Fixed));
     }
 
     #[test]
