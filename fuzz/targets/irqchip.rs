@@ -46,11 +46,13 @@ fuzz_target!(|steps: Vec<Step>| {
             Step::IoapicWrite(at, bytes, n) => {
                 ioapic.write(at, &bytes[..width(n)], &mut |m| {
                     let _ = apic.accept(&m);
+                    apic.is_software_enabled()
                 });
             }
             Step::IoapicLevel(pin, high) => {
                 ioapic.set_level(pin, high, &mut |m| {
                     let _ = apic.accept(&m);
+                    apic.is_software_enabled()
                 });
             }
             Step::ApicRead(at, n) => apic.read_mmio(at, &mut data[..width(n)], now),

@@ -62,7 +62,7 @@ impl Board {
     /// Drives input `gsi` high or low: of the 8259 pair if it is an ISA interrupt, and of the IOAPIC.
     /// Input 0 is wired to pin 2 there, as firmware tables say (ACPI 6.5 §5.2.12.5). Inputs that do
     /// not exist are ignored.
-    pub fn set_level(&mut self, gsi: u32, high: bool, sink: &mut dyn FnMut(ApicMessage)) {
+    pub fn set_level(&mut self, gsi: u32, high: bool, sink: &mut dyn FnMut(ApicMessage) -> bool) {
         if gsi < 16 {
             self.pic.set_level(gsi as u8, high);
         }
@@ -73,7 +73,7 @@ impl Board {
     }
 
     /// Lets the 8254 catch up with the clock and interrupt; when it wants to be called again.
-    pub fn advance(&mut self, now: u64, sink: &mut dyn FnMut(ApicMessage)) -> Option<u64> {
+    pub fn advance(&mut self, now: u64, sink: &mut dyn FnMut(ApicMessage) -> bool) -> Option<u64> {
         if self.pit.advance(now) {
             self.set_level(0, true, sink);
             self.set_level(0, false, sink);
@@ -112,8 +112,8 @@ mod tests {
         for (port, value) in [(0x20, 0x11), (0x21, 0x20), (0x21, 4), (0x21, 1), (0x21, 0xFE)] {
             board.write_port(port, value, 0);
         }
-        board.ioapic.write(0, &[0x14], &mut |_| ());
-        board.ioapic.write(0x10, &0x30_u32.to_le_bytes(), &mut |_| ());
+        board.ioapic.write(0, &[0x14], &mut |_| true);
+        board.ioapic.write(0x10, &0x30_u32.to_le_bytes(), &mut |_| true);
         board
     }
 
@@ -124,12 +124,15 @@ mod tests {
         for (port, value) in [(0x43, 0x34), (0x40, 0xE8), (0x40, 0x03)] {
             board.write_port(port, value, 0);
         }
-        let mut sent = Vec::new();
-        let next = board.advance(800_000, &mut |m| sent.push(m.vector));
-        assert!(sent.is_empty() && !board.pic.output());
+        let next = board.advance(800_000, &mut |m| panic!("{m:?} is early"));
+        assert!(!board.pic.output());
         let next = next.unwrap();
         assert!((830_000..850_000).contains(&next), "{next}");
-        board.advance(next, &mut |m| sent.push(m.vector));
+        let mut sent = Vec::new();
+        board.advance(next, &mut |m| {
+            sent.push(m.vector);
+            true
+        });
         assert_eq!(sent, [0x30]);
         assert!(board.pic.output());
         assert_eq!(board.pic.acknowledge(), 0x20);
@@ -140,7 +143,7 @@ mod tests {
         let mut board = board();
         let before = board.clone();
         for gsi in [24, 255, 256, u32::MAX] {
-            board.set_level(gsi, true, &mut |_| ());
+            board.set_level(gsi, true, &mut |_| true);
         }
         assert_eq!(board, before);
     }

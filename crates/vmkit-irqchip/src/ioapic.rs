@@ -1,8 +1,8 @@
 //! The IOAPIC: 24 input pins to interrupt messages (Intel 82093AA data sheet; Intel ICH data
 //! sheet, "Advanced Programmable Interrupt Controller").
 //!
-//! Messages go to the `sink` that every call which can cause one takes. Which local APIC a message
-//! is for is not decided here.
+//! Messages go to the `sink` that every call which can cause one takes, and which says whether a
+//! local APIC took the message. Which local APIC it is for is not decided here.
 
 use crate::error::IrqchipError;
 use crate::message::{ApicMessage, DeliveryMode, destination};
@@ -57,7 +57,7 @@ impl Ioapic {
     }
 
     /// Drives pin `pin`, 0 to 23. An edge on a masked pin is lost, as the data sheet says.
-    pub fn set_level(&mut self, pin: u8, high: bool, sink: &mut dyn FnMut(ApicMessage)) {
+    pub fn set_level(&mut self, pin: u8, high: bool, sink: &mut dyn FnMut(ApicMessage) -> bool) {
         let pin = usize::from(pin);
         let Some(&entry) = self.entries.get(pin) else {
             return;
@@ -76,7 +76,7 @@ impl Ioapic {
 
     /// A local APIC has ended the service of `vector`: pins that waited for it are free again, and
     /// interrupt again if they are still asserted.
-    pub fn eoi(&mut self, vector: u8, sink: &mut dyn FnMut(ApicMessage)) {
+    pub fn eoi(&mut self, vector: u8, sink: &mut dyn FnMut(ApicMessage) -> bool) {
         for pin in 0..IOAPIC_PINS {
             let entry = &mut self.entries[pin];
             if *entry & REMOTE_IRR != 0 && *entry as u8 == vector {
@@ -118,7 +118,7 @@ impl Ioapic {
     }
 
     /// Writes at `offset` from its base. The window takes whole 32-bit words only.
-    pub fn write(&mut self, offset: u64, data: &[u8], sink: &mut dyn FnMut(ApicMessage)) {
+    pub fn write(&mut self, offset: u64, data: &[u8], sink: &mut dyn FnMut(ApicMessage) -> bool) {
         match (offset, data) {
             (0x00, &[index, ..]) => self.index = index,
             (0x10, &[a, b, c, d, ..]) => {
@@ -130,8 +130,9 @@ impl Ioapic {
     }
 
     /// Delivers every level-triggered pin that is asserted and not in service. Call it after
-    /// [`load`](Self::load), because a saver can be in the midst of that.
-    pub fn resample(&mut self, sink: &mut dyn FnMut(ApicMessage)) {
+    /// [`load`](Self::load), because a saver can be in the midst of that, or when what no local APIC
+    /// took may be taken now.
+    pub fn resample(&mut self, sink: &mut dyn FnMut(ApicMessage) -> bool) {
         for pin in 0..IOAPIC_PINS {
             self.serve(pin, sink);
         }
@@ -170,11 +171,13 @@ impl Ioapic {
         self.levels & 1 << pin != 0
     }
 
-    fn serve(&mut self, pin: usize, sink: &mut dyn FnMut(ApicMessage)) {
+    /// Sends what a level-triggered pin owes. Remote IRR is set when a local APIC accepts the
+    /// interrupt (82093AA §3.2.4): where none does, no EOI would ever free the pin.
+    fn serve(&mut self, pin: usize, sink: &mut dyn FnMut(ApicMessage) -> bool) {
         let entry = self.entries[pin];
-        if is_level(entry) && entry & (MASKED | REMOTE_IRR) == 0 && self.asserted(pin) {
+        let owes = is_level(entry) && entry & (MASKED | REMOTE_IRR) == 0 && self.asserted(pin);
+        if owes && send(entry, sink) {
             self.entries[pin] |= REMOTE_IRR;
-            send(entry, sink);
         }
     }
 
@@ -193,7 +196,7 @@ impl Ioapic {
         }
     }
 
-    fn write_register(&mut self, value: u32, sink: &mut dyn FnMut(ApicMessage)) {
+    fn write_register(&mut self, value: u32, sink: &mut dyn FnMut(ApicMessage) -> bool) {
         if self.index == 0 {
             self.id = (value >> 24) as u8 & 0xf;
         } else if let Some((pin, shift)) = self.entry_of(self.index) {
@@ -250,16 +253,23 @@ fn message(entry: u64) -> Option<ApicMessage> {
     })
 }
 
-fn send(entry: u64, sink: &mut dyn FnMut(ApicMessage)) {
-    if let Some(message) = message(entry) {
-        sink(message);
-    }
+/// Whether it was accepted.
+fn send(entry: u64, sink: &mut dyn FnMut(ApicMessage) -> bool) -> bool {
+    message(entry).is_some_and(sink)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::message::BROADCAST;
+
+    /// A sink that takes everything.
+    fn into(sent: &mut Vec<ApicMessage>) -> impl FnMut(ApicMessage) -> bool {
+        |message| {
+            sent.push(message);
+            true
+        }
+    }
 
     struct Board {
         ioapic: Ioapic,
@@ -272,24 +282,24 @@ mod tests {
         }
 
         fn write(&mut self, index: u8, value: u32) {
-            self.ioapic.write(0, &[index], &mut |_| ());
-            self.ioapic.write(0x10, &value.to_le_bytes(), &mut |m| self.sent.push(m));
+            self.ioapic.write(0, &[index], &mut |_| true);
+            self.ioapic.write(0x10, &value.to_le_bytes(), &mut into(&mut self.sent));
         }
 
         fn read(&mut self, index: u8) -> u32 {
             let mut data = [0; 4];
-            self.ioapic.write(0, &[index], &mut |_| ());
+            self.ioapic.write(0, &[index], &mut |_| true);
             self.ioapic.read(0x10, &mut data);
             u32::from_le_bytes(data)
         }
 
         fn set(&mut self, pin: u8, high: bool) -> usize {
-            self.ioapic.set_level(pin, high, &mut |m| self.sent.push(m));
+            self.ioapic.set_level(pin, high, &mut into(&mut self.sent));
             std::mem::take(&mut self.sent).len()
         }
 
         fn eoi(&mut self, vector: u8) -> usize {
-            self.ioapic.eoi(vector, &mut |m| self.sent.push(m));
+            self.ioapic.eoi(vector, &mut into(&mut self.sent));
             std::mem::take(&mut self.sent).len()
         }
     }
@@ -323,7 +333,7 @@ mod tests {
         assert!(board.sent.is_empty());
         assert_eq!(board.set(2, true), 0);
         assert_eq!(board.set(2, false), 0);
-        board.ioapic.set_level(2, true, &mut |m| board.sent.push(m));
+        board.ioapic.set_level(2, true, &mut into(&mut board.sent));
         let expected = ApicMessage {
             dest: 1,
             logical: true,
@@ -371,6 +381,28 @@ mod tests {
     }
 
     #[test]
+    fn a_level_that_no_local_apic_took_is_not_in_service() {
+        let mut board = Board::new();
+        board.write(0x24, 0x0000_8042);
+        let mut refused = 0;
+        let refuse = &mut |_| {
+            refused += 1;
+            false
+        };
+        board.ioapic.set_level(10, true, refuse);
+        board.ioapic.resample(refuse);
+        assert_eq!(refused, 2);
+        assert_eq!(board.read(0x24), 0x0000_8042);
+        assert!(!board.ioapic.awaits_any_eoi());
+        board.write(0x24, 0x0000_8042);
+        assert_eq!(std::mem::take(&mut board.sent).len(), 1);
+        assert_eq!(board.read(0x24), 0x0000_c042);
+        // What comes again at the EOI can be refused, too.
+        board.ioapic.eoi(0x42, &mut |_| false);
+        assert_eq!(board.read(0x24), 0x0000_8042);
+    }
+
+    #[test]
     fn unmasking_an_asserted_level_delivers_it() {
         let mut board = Board::new();
         board.write(0x24, 0x0001_8042);
@@ -395,7 +427,7 @@ mod tests {
             board.write(0x24, 0x0000_8042);
             board.set(10, true);
             let sent = &mut board.sent;
-            board.ioapic.write(0x40, &0x42_u32.to_le_bytes(), &mut |m| sent.push(m));
+            board.ioapic.write(0x40, &0x42_u32.to_le_bytes(), &mut into(sent));
             assert_eq!(board.sent.len(), again);
         }
     }
@@ -427,7 +459,7 @@ mod tests {
         let mut board = Board::new();
         for mode in [2, 4, 5, 7] {
             board.write(0x1a, 0x8000 | mode << 8);
-            board.ioapic.set_level(5, true, &mut |m| board.sent.push(m));
+            board.ioapic.set_level(5, true, &mut into(&mut board.sent));
             assert!(matches!(board.sent[..], [ApicMessage { level: false, .. }]));
             board.sent.clear();
             assert_eq!(board.set(5, false), 0);
@@ -443,7 +475,7 @@ mod tests {
         board.write(0x1a, 0x55);
         for (high, dest) in [(0xff00_0000, BROADCAST), (0xff02_0000, 0x1ff), (0x0302_0000, 0x103)] {
             board.write(0x1b, high);
-            board.ioapic.set_level(5, true, &mut |m| board.sent.push(m));
+            board.ioapic.set_level(5, true, &mut into(&mut board.sent));
             assert_eq!(board.sent.pop().map(|m| m.dest), Some(dest));
             board.set(5, false);
         }
@@ -457,8 +489,8 @@ mod tests {
         board.ioapic.read(u64::MAX, &mut data);
         assert_eq!(data, [0; 16]);
         for len in 0..16 {
-            board.ioapic.write(0x10, &data[..len], &mut |_| ());
-            board.ioapic.write(0x40, &data[..len], &mut |_| ());
+            board.ioapic.write(0x10, &data[..len], &mut |_| true);
+            board.ioapic.write(0x40, &data[..len], &mut |_| true);
             board.ioapic.read(0, &mut data[..len]);
         }
         assert_eq!(board.set(24, true) + board.set(255, true), 0);
@@ -477,7 +509,7 @@ mod tests {
         state.levels |= 1 << 3;
         assert_eq!(other.ioapic.load(&state), Ok(()));
         let sent = &mut other.sent;
-        other.ioapic.resample(&mut |m| sent.push(m));
+        other.ioapic.resample(&mut into(sent));
         assert_eq!(other.sent.len(), 1);
         state.levels = 1 << 24;
         let before = other.ioapic.clone();

@@ -18,13 +18,15 @@
 //! let mut lapic = LocalApic::new(LapicConfig::new(0));
 //! // The guest enables its local APIC and routes pin 4, edge-triggered, to vector 0x24.
 //! assert_eq!(lapic.write_mmio(0xf0, &0x1ff_u32.to_le_bytes(), 0), LapicAction::None);
-//! ioapic.write(0x00, &[0x18], &mut |_| ());
-//! ioapic.write(0x10, &0x24_u32.to_le_bytes(), &mut |_| ());
+//! ioapic.write(0x00, &[0x18], &mut |_| true);
+//! ioapic.write(0x10, &0x24_u32.to_le_bytes(), &mut |_| true);
 //! // A device pulls its wire.
 //! ioapic.set_level(4, true, &mut |message| {
-//!     if lapic.matches(message.dest, message.logical) {
+//!     let is_for_it = lapic.matches(message.dest, message.logical);
+//!     if is_for_it {
 //!         lapic.accept(&message);
 //!     }
+//!     is_for_it
 //! });
 //! // The processor, at an instruction boundary with interrupts on:
 //! assert_eq!(lapic.pending_vector(), Some(0x24));

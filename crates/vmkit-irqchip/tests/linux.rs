@@ -3,6 +3,14 @@
 use vmkit_irqchip::{ApicMessage, Ioapic, LapicAction, LapicConfig, LocalApic, PIT_HZ, Pic, Pit};
 
 /// A board with one processor that takes interrupts whenever it is asked.
+/// A sink that takes everything.
+fn into(sent: &mut Vec<ApicMessage>) -> impl FnMut(ApicMessage) -> bool {
+    |message| {
+        sent.push(message);
+        true
+    }
+}
+
 struct Board {
     now: u64,
     pic: Pic,
@@ -38,8 +46,8 @@ impl Board {
 
     fn ioapic(&mut self, index: u8, value: u32) {
         let mut sent = Vec::new();
-        self.ioapic.write(0x00, &[index], &mut |_| ());
-        self.ioapic.write(0x10, &value.to_le_bytes(), &mut |m| sent.push(m));
+        self.ioapic.write(0x00, &[index], &mut |_| true);
+        self.ioapic.write(0x10, &value.to_le_bytes(), &mut into(&mut sent));
         self.deliver(&sent);
     }
 
@@ -47,7 +55,7 @@ impl Board {
         let action = self.lapic.write_mmio(offset, &value.to_le_bytes(), self.now);
         if let LapicAction::Eoi(vector) = action {
             let mut sent = Vec::new();
-            self.ioapic.eoi(vector, &mut |m| sent.push(m));
+            self.ioapic.eoi(vector, &mut into(&mut sent));
             self.deliver(&sent);
         }
     }
@@ -70,7 +78,7 @@ impl Board {
     fn irq0(&mut self, high: bool) {
         let mut sent = Vec::new();
         self.pic.set_level(0, high);
-        self.ioapic.set_level(2, high, &mut |m| sent.push(m));
+        self.ioapic.set_level(2, high, &mut into(&mut sent));
         self.deliver(&sent);
         self.wires();
     }
@@ -307,7 +315,7 @@ fn a_shared_level_interrupt_comes_until_its_device_is_quiet() {
     board.ioapic(0x25, 0x0100_0000);
     board.ioapic(0x24, 0x0000_8841);
     let mut sent = Vec::new();
-    board.ioapic.set_level(10, true, &mut |m| sent.push(m));
+    board.ioapic.set_level(10, true, &mut into(&mut sent));
     board.deliver(&sent);
     for _ in 0..5 {
         assert_eq!(board.lapic.acknowledge(), 0x41);

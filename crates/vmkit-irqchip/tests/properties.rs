@@ -152,7 +152,10 @@ fn ioapic_step() -> impl Strategy<Value = IoapicStep> {
 
 fn run_ioapic(ioapic: &mut Ioapic, step: &IoapicStep) -> Vec<ApicMessage> {
     let mut sent = Vec::new();
-    let sink = &mut |message| sent.push(message);
+    let sink = &mut |message| {
+        sent.push(message);
+        true
+    };
     match step {
         IoapicStep::Line(pin, high) => ioapic.set_level(*pin, *high, sink),
         IoapicStep::Register(index, value) => {

@@ -156,12 +156,12 @@ impl PartitionInner {
         count as usize >= self.vcpus().len()
     }
 
-    /// Hands a message to the local APICs it is for.
-    pub fn deliver(&self, message: &ApicMessage) {
+    /// Hands a message to the local APICs it is for; whether there was one to take it.
+    pub fn deliver(&self, message: &ApicMessage) -> bool {
         let vcpus = self.vcpus();
         let addresses = vcpus.iter().map(|v| v.apic().address());
         let priority = |i: usize| vcpus.get(i).map_or(0, |v| v.apic().processor_priority());
-        route(message, addresses, priority, |i| hand_over(&vcpus, i, message));
+        route(message, addresses, priority, |i| hand_over(&vcpus, i, message)) != 0
     }
 
     /// Does what a local APIC's register write asks for.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use kvm_ioctls::VmFd;
 use vmkit_device::Clock;
 use vmkit_hypervisor::EventFd;
-use vmkit_irqchip::{ApicMessage, Board, IOAPIC_PINS};
+use vmkit_irqchip::{ApicMessage, Board};
 use vmm_sys_util::timerfd::TimerFd;
 
 use super::kvm_messages;
@@ -99,7 +99,7 @@ impl Chips {
     /// Does something to the board, and carries out what comes of it.
     pub(super) fn work<R>(
         &self,
-        task: impl FnOnce(&mut Board, &mut dyn FnMut(ApicMessage)) -> R,
+        task: impl FnOnce(&mut Board, &mut dyn FnMut(ApicMessage) -> bool) -> R,
     ) -> R {
         self.work_on(&mut self.lock(), task)
     }
@@ -108,38 +108,42 @@ impl Chips {
     pub(super) fn work_on<R>(
         &self,
         state: &mut State,
-        task: impl FnOnce(&mut Board, &mut dyn FnMut(ApicMessage)) -> R,
+        task: impl FnOnce(&mut Board, &mut dyn FnMut(ApicMessage) -> bool) -> R,
     ) -> R {
-        let mut outbox = Outbox::default();
-        let answer = task(&mut state.board, &mut |message| outbox.put(message));
-        self.carry_out(state, &outbox);
+        let answer = task(&mut state.board, &mut |message| self.send(&message));
+        self.carry_out(state);
         answer
     }
 
-    /// [`work`](Self::work) that may change where the IOAPIC's pins lead.
-    pub(super) fn redirect<R>(
-        &self,
-        task: impl FnOnce(&mut Board, &mut dyn FnMut(ApicMessage)) -> R,
-    ) -> R {
-        let mut state = self.lock();
-        let mut outbox = Outbox::default();
-        let answer = task(&mut state.board, &mut |message| outbox.put(message));
-        // Before the messages go: the EOI of one may come at once.
+    /// Does something to the board that may change where the IOAPIC's pins lead. What these owe is
+    /// sent by [`Ioapic::resample`](vmkit_irqchip::Ioapic::resample) afterwards: its EOI may come at
+    /// once, and KVM must know by then that it is awaited.
+    pub(super) fn redirect<R>(&self, state: &mut State, task: impl FnOnce(&mut Board) -> R) -> R {
+        let answer = task(&mut state.board);
         let pins = std::array::from_fn(|pin| state.board.ioapic.level_message(pin));
         if let Err(error) = self.routes.watch_pins(&self.vm, &pins) {
             log::error!("KVM does not tell of the IOAPIC's EOIs: {error}");
         }
-        self.carry_out(&mut state, &outbox);
+        self.carry_out(state);
         answer
     }
 
-    fn carry_out(&self, state: &mut State, outbox: &Outbox) {
-        for message in outbox.messages.iter().flatten().flat_map(kvm_messages) {
-            if let Err(error) = self.vm.signal_msi(message) {
+    /// Hands a message to KVM; whether a local APIC took it.
+    fn send(&self, message: &ApicMessage) -> bool {
+        let mut taken = false;
+        for message in kvm_messages(message) {
+            match self.vm.signal_msi(message) {
+                Ok(takers) => taken |= takers > 0,
                 // Destination and vector are the guest's, and so may be nonsense: not worth more.
-                log::debug!("the IOAPIC's {:#x} was not delivered: {error}", message.data);
+                Err(error) => {
+                    log::debug!("the IOAPIC's {:#x} was not delivered: {error}", message.data);
+                }
             }
         }
+        taken
+    }
+
+    fn carry_out(&self, state: &mut State) {
         let output = state.board.pic.output();
         let before = self.intr.swap(output, Ordering::SeqCst);
         if output
@@ -214,23 +218,6 @@ impl Chips {
         });
         if let Err(error) = outcome {
             log::error!("irqfds could not be read: {error}");
-        }
-    }
-}
-
-/// Messages that the board sends in one work: one for each pin, at most.
-#[derive(Default)]
-struct Outbox {
-    messages: [Option<ApicMessage>; IOAPIC_PINS],
-    len: usize,
-}
-
-impl Outbox {
-    fn put(&mut self, message: ApicMessage) {
-        debug_assert!(self.len < IOAPIC_PINS);
-        if let Some(slot) = self.messages.get_mut(self.len) {
-            *slot = Some(message);
-            self.len += 1;
         }
     }
 }

@@ -90,7 +90,9 @@ impl Split {
     pub(crate) fn mmio_access(&self, address: u64, write: bool, data: &mut [u8]) -> bool {
         let Some(offset) = Board::ioapic_offset(address) else { return false };
         if write {
-            self.0.redirect(|board, sink| board.ioapic.write(offset, data, sink));
+            let mut state = self.0.lock();
+            self.0.redirect(&mut state, |board| board.ioapic.write(offset, data, &mut |_| false));
+            self.0.work_on(&mut state, |board, sink| board.ioapic.resample(sink));
         } else {
             self.0.lock().board.ioapic.read(offset, data);
         }
@@ -154,10 +156,10 @@ impl Split {
     /// Takes over a saved board.
     pub(crate) fn load(&self, from: &PartitionState) -> Result<()> {
         let now = self.0.now();
-        self.0
-            .redirect(|board, _| board.load(&from.pic, &from.ioapic, &from.pit, now))
-            .map_err(|error| HypervisorError::State(error.to_string()))?;
         let mut state = self.0.lock();
+        self.0
+            .redirect(&mut state, |board| board.load(&from.pic, &from.ioapic, &from.pit, now))
+            .map_err(|error| HypervisorError::State(error.to_string()))?;
         state.resample = true;
         self.start_if_needed(&mut state);
         Ok(())
