@@ -112,6 +112,10 @@ fn lz4_legacy(payload: &[u8], len: u64) -> Result<Vec<u8>, String> {
         let written = lz4_flex::block::decompress_into(block, &mut bytes[done..])
             .map_err(|e| e.to_string())?;
         bytes.truncate(done + written);
+        // Every block costs the clearing of its room: they are no more than the room is worth.
+        if written != LZ4_BLOCK && bytes.len() as u64 != len {
+            return Err("a block before the last is not of 8 MiB".into());
+        }
         rest = &tail[size..];
     }
     if !rest.is_empty() {
@@ -208,6 +212,26 @@ pub(crate) mod tests {
         let bytes = sample(LZ4_BLOCK + 12345);
         let packed = compress(Method::Lz4, &bytes);
         assert!(Method::Lz4.decompress(&packed, bytes.len() as u64).unwrap() == bytes);
+    }
+
+    #[test]
+    fn lz4_blocks_before_the_last_are_full() {
+        let len = LZ4_BLOCK + 5;
+        let block = |bytes: &[u8]| {
+            let block = lz4_flex::block::compress(bytes);
+            [&(block.len() as u32).to_le_bytes()[..], &block].concat()
+        };
+        let magic = b"\x02\x21\x4c\x18";
+        let (full, tail) = (block(&vec![7; LZ4_BLOCK]), block(&[7; 5]));
+        let good = [&magic[..], &full, &tail].concat();
+        assert!(Method::Lz4.decompress(&good, len as u64).is_ok());
+        // A block without a byte, and the same bytes in the other order.
+        let empty = [&magic[..], &[1, 0, 0, 0, 0], &full, &tail].concat();
+        let short = [&magic[..], &tail, &full].concat();
+        for bad in [empty, short] {
+            let error = Method::Lz4.decompress(&bad, len as u64).unwrap_err();
+            assert!(error.contains("not of 8 MiB"), "{error}");
+        }
     }
 
     proptest! {
