@@ -12,8 +12,9 @@ const SPEC_REVISION: u8 = 4;
 const LAPIC_VERSION: u8 = 0x14;
 const IOAPIC_VERSION: u8 = 0x11;
 
-const ISA_BUS: u8 = 0;
-const PCI_BUS: u8 = 1;
+/// The PCI bus has the number that configuration space gives it: kernels look its interrupts up by
+/// that. Without a PCI bus the ISA bus is the first.
+const PCI_BUS: u8 = 0;
 
 const EDGE_HIGH: u16 = 0b01_01;
 const LEVEL_HIGH: u16 = 0b11_01;
@@ -61,22 +62,24 @@ impl Entries {
         for id in 0..ioapic_id {
             entries.processor(id);
         }
-        entries.bus(ISA_BUS, b"ISA   ");
         let host = ctx.announcements.iter().find_map(|announcement| match announcement {
             Announcement::PciHost { intx, .. } => Some(*intx),
             _ => None,
         });
+        // In ascending order of their numbers (§4.3.2).
         if host.is_some() {
             entries.bus(PCI_BUS, b"PCI   ");
         }
+        let isa = if host.is_some() { PCI_BUS + 1 } else { 0 };
+        entries.bus(isa, b"ISA   ");
         entries.ioapic(ioapic_id);
-        entries.isa_interrupts(ctx, ioapic_id);
+        entries.isa_interrupts(ctx, isa, ioapic_id);
         if let Some(intx) = host {
             entries.pci_interrupts(ioapic_id, intx);
         }
         // The PIC on LINT0, NMI on LINT1, of all processors.
-        entries.push(&[4, 3, 0, 0, ISA_BUS, 0, 0xFF, 0]);
-        entries.push(&[4, 1, 0, 0, ISA_BUS, 0, 0xFF, 1]);
+        entries.push(&[4, 3, 0, 0, isa, 0, 0xFF, 0]);
+        entries.push(&[4, 1, 0, 0, isa, 0, 0xFF, 1]);
         entries
     }
 
@@ -116,7 +119,7 @@ impl Entries {
 
     /// The sixteen ISA interrupts (the timer on pin 2), and those of virtio-mmio devices, which a
     /// kernel without ACPI learns from its command line by number.
-    fn isa_interrupts(&mut self, ctx: &BootContext<'_>, ioapic: u8) {
+    fn isa_interrupts(&mut self, ctx: &BootContext<'_>, bus: u8, ioapic: u8) {
         let level = |irq: u8| {
             ctx.announcements.iter().any(|a| match a {
                 Announcement::VirtioMmio { gsi, .. } | Announcement::PmEvent { gsi, .. } => {
@@ -125,13 +128,13 @@ impl Entries {
                 _ => false,
             })
         };
-        self.interrupt(EDGE_HIGH, ISA_BUS, 0, ioapic, 2);
+        self.interrupt(EDGE_HIGH, bus, 0, ioapic, 2);
         for irq in (1..16).filter(|irq| *irq != 2) {
             let flags = if level(irq) { LEVEL_HIGH } else { EDGE_HIGH };
-            self.interrupt(flags, ISA_BUS, irq, ioapic, irq);
+            self.interrupt(flags, bus, irq, ioapic, irq);
         }
         for irq in (16..IOAPIC_PINS).filter(|irq| level(*irq)) {
-            self.interrupt(LEVEL_HIGH, ISA_BUS, irq, ioapic, irq);
+            self.interrupt(LEVEL_HIGH, bus, irq, ioapic, irq);
         }
     }
 
@@ -190,23 +193,45 @@ mod tests {
         assert_eq!(found.iter().filter(|e| e[0] == 3).count(), 15);
     }
 
+    fn host(intx: [u32; 4]) -> Announcement {
+        Announcement::PciHost {
+            ecam: 0xE000_0000,
+            buses: 1,
+            mmio32: (0, 0),
+            mmio64: (0, 0),
+            io: (0, 0),
+            intx,
+        }
+    }
+
+    #[test]
+    fn the_pci_bus_has_the_number_that_configuration_space_gives_it() {
+        let buses = |announcements: &[Announcement]| -> Vec<(u8, String)> {
+            let found = entries(&table(1, announcements).unwrap());
+            let buses = found.iter().filter(|e| e[0] == 1);
+            buses.map(|e| (e[1], String::from_utf8_lossy(&e[2..]).into_owned())).collect()
+        };
+        assert_eq!(buses(&[host([16; 4])]), [(0, "PCI   ".into()), (1, "ISA   ".into())]);
+        assert_eq!(buses(&[]), [(0, "ISA   ".into())]);
+
+        let found = entries(&table(1, &[host([16, 17, 18, 19])]).unwrap());
+        let (pci, isa): (Vec<_>, Vec<_>) =
+            found.iter().filter(|e| e[0] == 3).partition(|e| e[7] >= 16);
+        assert_eq!(pci.len(), 128);
+        assert!(pci.iter().all(|e| e[4] == 0) && isa.iter().all(|e| e[4] == 1));
+        assert!(found.iter().filter(|e| e[0] == 4).all(|e| e[4] == 1));
+    }
+
     #[test]
     fn virtio_and_pci_interrupts_are_level() {
         let devices = [
             Announcement::VirtioMmio { base: 0xD000_0000, len: 0x1000, gsi: 5 },
             Announcement::VirtioMmio { base: 0xD000_1000, len: 0x1000, gsi: 20 },
-            Announcement::PciHost {
-                ecam: 0xE000_0000,
-                buses: 1,
-                mmio32: (0, 0),
-                mmio64: (0, 0),
-                io: (0, 0),
-                intx: [16, 17, 18, 99],
-            },
+            host([16, 17, 18, 99]),
         ];
         let found = entries(&table(1, &devices).unwrap());
         for irq in [5, 20] {
-            let entry = found.iter().find(|e| e[0] == 3 && e[4] == ISA_BUS && e[5] == irq).unwrap();
+            let entry = found.iter().find(|e| e[0] == 3 && e[4] != PCI_BUS && e[5] == irq).unwrap();
             assert_eq!(entry[2], 0xD);
         }
         let pci: Vec<_> = found.iter().filter(|e| e[0] == 3 && e[4] == PCI_BUS).collect();
