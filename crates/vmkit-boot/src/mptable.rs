@@ -4,7 +4,7 @@
 use vmkit_device::Announcement;
 
 use crate::BootContext;
-use crate::acpi::{IOAPIC_ADDRESS, IOAPIC_PINS, LAPIC_ADDRESS};
+use crate::acpi::{IOAPIC_ADDRESS, IOAPIC_ID, IOAPIC_PINS, LAPIC_ADDRESS};
 use crate::firmware::checksum;
 
 const SPEC_REVISION: u8 = 4;
@@ -22,9 +22,8 @@ const LEVEL_HIGH: u16 = 0b11_01;
 /// The floating pointer, followed by the table it points to, for guest-physical `base`. None if
 /// the machine has more processors than 8-bit APIC ids.
 pub(crate) fn build(ctx: &BootContext<'_>, base: u64) -> Option<Vec<u8>> {
-    // 0xFF is broadcast, and the IOAPIC takes the id after the last processor's.
-    let ioapic_id = u8::try_from(ctx.vcpus).ok().filter(|id| *id < 0xFF)?;
-    let entries = Entries::of(ctx, ioapic_id);
+    // The id 0xFF is broadcast.
+    let entries = Entries::of(ctx, u8::try_from(ctx.vcpus).ok()?);
     const POINTER: usize = 16;
     let mut pointer = [0; POINTER];
     pointer[..4].copy_from_slice(b"_MP_");
@@ -57,9 +56,9 @@ struct Entries {
 }
 
 impl Entries {
-    fn of(ctx: &BootContext<'_>, ioapic_id: u8) -> Self {
+    fn of(ctx: &BootContext<'_>, vcpus: u8) -> Self {
         let mut entries = Self { bytes: Vec::new(), count: 0 };
-        for id in 0..ioapic_id {
+        for id in 0..vcpus {
             entries.processor(id);
         }
         let host = ctx.announcements.iter().find_map(|announcement| match announcement {
@@ -72,10 +71,10 @@ impl Entries {
         }
         let isa = if host.is_some() { PCI_BUS + 1 } else { 0 };
         entries.bus(isa, b"ISA   ");
-        entries.ioapic(ioapic_id);
-        entries.isa_interrupts(ctx, isa, ioapic_id);
+        entries.ioapic();
+        entries.isa_interrupts(ctx, isa);
         if let Some(intx) = host {
-            entries.pci_interrupts(ioapic_id, intx);
+            entries.pci_interrupts(intx);
         }
         // The PIC on LINT0, NMI on LINT1, of all processors.
         entries.push(&[4, 3, 0, 0, isa, 0, 0xFF, 0]);
@@ -106,20 +105,20 @@ impl Entries {
         self.push(&entry);
     }
 
-    fn ioapic(&mut self, id: u8) {
-        let mut entry = [2, id, IOAPIC_VERSION, 1, 0, 0, 0, 0];
+    fn ioapic(&mut self) {
+        let mut entry = [2, IOAPIC_ID, IOAPIC_VERSION, 1, 0, 0, 0, 0];
         entry[4..].copy_from_slice(&IOAPIC_ADDRESS.to_le_bytes());
         self.push(&entry);
     }
 
-    fn interrupt(&mut self, flags: u16, bus: u8, source: u8, ioapic: u8, pin: u8) {
+    fn interrupt(&mut self, flags: u16, bus: u8, source: u8, pin: u8) {
         let [low, high] = flags.to_le_bytes();
-        self.push(&[3, 0, low, high, bus, source, ioapic, pin]);
+        self.push(&[3, 0, low, high, bus, source, IOAPIC_ID, pin]);
     }
 
     /// The sixteen ISA interrupts (the timer on pin 2), and those of virtio-mmio devices, which a
     /// kernel without ACPI learns from its command line by number.
-    fn isa_interrupts(&mut self, ctx: &BootContext<'_>, bus: u8, ioapic: u8) {
+    fn isa_interrupts(&mut self, ctx: &BootContext<'_>, bus: u8) {
         let level = |irq: u8| {
             ctx.announcements.iter().any(|a| match a {
                 Announcement::VirtioMmio { gsi, .. } | Announcement::PmEvent { gsi, .. } => {
@@ -128,24 +127,24 @@ impl Entries {
                 _ => false,
             })
         };
-        self.interrupt(EDGE_HIGH, bus, 0, ioapic, 2);
+        self.interrupt(EDGE_HIGH, bus, 0, 2);
         for irq in (1..16).filter(|irq| *irq != 2) {
             let flags = if level(irq) { LEVEL_HIGH } else { EDGE_HIGH };
-            self.interrupt(flags, bus, irq, ioapic, irq);
+            self.interrupt(flags, bus, irq, irq);
         }
         for irq in (16..IOAPIC_PINS).filter(|irq| level(*irq)) {
-            self.interrupt(LEVEL_HIGH, bus, irq, ioapic, irq);
+            self.interrupt(LEVEL_HIGH, bus, irq, irq);
         }
     }
 
     /// Pin p of device n of bus 0, which the PCI host wires to `intx[(n + p) % 4]`.
-    fn pci_interrupts(&mut self, ioapic: u8, intx: [u32; 4]) {
+    fn pci_interrupts(&mut self, intx: [u32; 4]) {
         const CONFORMS: u16 = 0;
         for device in 0..32_u8 {
             for pin in 0..4_u8 {
                 let gsi = intx[usize::from((device + pin) % 4)];
                 if let Some(gsi) = u8::try_from(gsi).ok().filter(|gsi| *gsi < IOAPIC_PINS) {
-                    self.interrupt(CONFORMS, PCI_BUS, device << 2 | pin, ioapic, gsi);
+                    self.interrupt(CONFORMS, PCI_BUS, device << 2 | pin, gsi);
                 }
             }
         }
@@ -189,7 +188,7 @@ mod tests {
         let processors: Vec<_> = found.iter().filter(|e| e[0] == 0).map(|e| (e[1], e[3])).collect();
         assert_eq!(processors, [(0, 3), (1, 1), (2, 1)]);
         let timer: Vec<_> = found.iter().filter(|e| e[0] == 3 && e[5] == 0).collect();
-        assert_eq!(timer, [&vec![3, 0, 5, 0, 0, 0, 3, 2]]);
+        assert_eq!(timer, [&vec![3, 0, 5, 0, 0, 0, IOAPIC_ID, 2]]);
         assert_eq!(found.iter().filter(|e| e[0] == 3).count(), 15);
     }
 
@@ -223,6 +222,16 @@ mod tests {
     }
 
     #[test]
+    fn the_ioapic_has_the_id_that_it_says_itself() {
+        for vcpus in [1, 4] {
+            let found = entries(&table(vcpus, &[host([16, 17, 18, 19])]).unwrap());
+            let ids: Vec<_> = found.iter().filter(|e| e[0] == 2).map(|e| e[1]).collect();
+            assert_eq!(ids, [vmkit_hypervisor::IoapicState::default().id]);
+            assert!(found.iter().filter(|e| e[0] == 3).all(|e| e[6] == ids[0]));
+        }
+    }
+
+    #[test]
     fn virtio_and_pci_interrupts_are_level() {
         let devices = [
             Announcement::VirtioMmio { base: 0xD000_0000, len: 0x1000, gsi: 5 },
@@ -241,8 +250,8 @@ mod tests {
 
     #[test]
     fn more_processors_than_apic_ids_have_no_table() {
-        assert!(table(254, &[]).is_some());
-        assert!(table(255, &[]).is_none());
+        assert!(table(255, &[]).is_some());
+        assert!(table(256, &[]).is_none());
         assert!(table(u32::MAX, &[]).is_none());
     }
 }

@@ -2,7 +2,7 @@
 
 use acpi_tables::sdt::Sdt;
 
-use super::{IOAPIC_ADDRESS, LAPIC_ADDRESS, OEM_ID, OEM_REVISION, OEM_TABLE, sci};
+use super::{IOAPIC_ADDRESS, IOAPIC_ID, LAPIC_ADDRESS, OEM_ID, OEM_REVISION, OEM_TABLE, sci};
 use crate::BootContext;
 
 const REVISION: u8 = 5;
@@ -31,7 +31,7 @@ pub(super) fn build(ctx: &BootContext<'_>) -> Vec<u8> {
             }
         }
     }
-    body.extend_from_slice(&[1, 12, 0, 0]);
+    body.extend_from_slice(&[1, 12, IOAPIC_ID, 0]);
     body.extend_from_slice(&IOAPIC_ADDRESS.to_le_bytes());
     body.extend_from_slice(&0_u32.to_le_bytes());
     source_override(&mut body, 0, 2, CONFORMS);

@@ -20,6 +20,8 @@ use crate::firmware::checksum;
 pub(crate) const LAPIC_ADDRESS: u32 = 0xFEE0_0000;
 /// Guest-physical base of the IOAPIC.
 pub(crate) const IOAPIC_ADDRESS: u32 = 0xFEC0_0000;
+/// Id of the IOAPIC after reset.
+pub(crate) const IOAPIC_ID: u8 = 0;
 /// Inputs of the IOAPIC: GSIs 0 to 23.
 pub(crate) const IOAPIC_PINS: u8 = 24;
 /// The SCI of a machine that announces none.

@@ -101,6 +101,7 @@ fn every_processor_has_a_local_apic_and_past_254_an_x2apic() {
             match madt[at] {
                 0 => ids.push(madt[at + 3].into()),
                 9 => ids.push(u32_at(madt, at + 4)),
+                1 => assert_eq!(madt[at + 2], vmkit_hypervisor::IoapicState::default().id),
                 2 => overrides.push((madt[at + 3], u32_at(madt, at + 4), madt[at + 8])),
                 _ => {}
             }
