@@ -24,7 +24,8 @@ const HAS_ADDRESSES: u32 = 1 << 16;
 
 /// A multiboot 1 kernel.
 ///
-/// The kernel sees the file's name before the command line, as other loaders pass it.
+/// The kernel sees the file's name before the command line, as other loaders pass it; that of a
+/// kernel in memory is `kernel`.
 pub struct Multiboot {
     image: Image,
     cmdline: String,
@@ -54,7 +55,7 @@ impl Multiboot {
     /// # Errors
     /// [`BootError::Format`] if it has no multiboot header.
     pub fn from_bytes(bytes: Vec<u8>) -> Result<Self, BootError> {
-        Self::checked(Image::new("multiboot kernel", bytes))
+        Self::checked(Image::new("kernel", bytes))
     }
 
     /// Sets the command line.
@@ -234,7 +235,8 @@ impl Multiboot {
         }
         let modules_at = place.put_low("the module list", &modules, 16)?;
         let name = Path::new(&self.image.name).file_name().unwrap_or_default().to_string_lossy();
-        let cmdline = self.put_string(place, format!("{name} {}", self.cmdline).trim_end())?;
+        let separator = if self.cmdline.is_empty() { "" } else { " " };
+        let cmdline = self.put_string(place, &format!("{name}{separator}{}", self.cmdline))?;
         let map = memory_map(place.ctx);
         let map_at = place.put_low("the memory map", &map, 16)?;
         let name_at = place.put_low("the loader's name", NAME, 4)?;

@@ -75,7 +75,7 @@ fn the_information_tells_memory_command_line_modules_and_loader() {
     let (_, info) = load(&ram, &layout, &guest);
     assert_eq!(info.word(0), 0b10_0100_1101);
     assert_eq!((info.word(4), info.word(8)), (639, 7 * 1024));
-    assert_eq!(info.string(info.word(16)), "multiboot kernel a=b c");
+    assert_eq!(info.string(info.word(16)), "kernel a=b c");
     assert_eq!(info.string(info.word(64)), "vmkit");
 
     assert_eq!(info.word(20), 2);
@@ -95,6 +95,17 @@ fn the_information_tells_memory_command_line_modules_and_loader() {
         .collect();
     assert_eq!(entries[0], (20, 0, 0x9_FC00, 1));
     assert_eq!(entries.last(), Some(&(20, MIB, 7 * MIB, 1)));
+}
+
+#[test]
+fn the_first_word_is_the_name_and_the_rest_is_as_given() {
+    let (layout, ram) = machine(8 * MIB);
+    for (given, line) in [("", "kernel"), ("a=b ", "kernel a=b "), (" ", "kernel  ")] {
+        let image = elf(false, MIB, 0, &[(MIB, &header(3), 0x1000)], None);
+        let guest = Multiboot::from_bytes(image).unwrap().cmdline(given);
+        let (_, info) = load(&ram, &layout, &guest);
+        assert_eq!(info.string(info.word(16)), line);
+    }
 }
 
 #[test]
