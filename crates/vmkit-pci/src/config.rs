@@ -26,6 +26,8 @@ pub(crate) const INTX_DISABLE: u16 = 1 << 10;
 pub(crate) const INTX_STATUS: u8 = 1 << 3;
 /// Status register: there is a list of capabilities.
 const CAPABILITIES: u8 = 1 << 4;
+/// Interrupt line register (§6.2.4): unknown, or no connection.
+const UNKNOWN_LINE: u8 = 0xFF;
 /// First byte for capabilities.
 const FIRST_CAPABILITY: usize = 0x40;
 /// Capability id of MSI-X (§6.8.2).
@@ -106,6 +108,8 @@ impl Config {
         config.put(0x08, &(id.class << 8 | u32::from(id.revision)).to_le_bytes());
         config.put(0x2C, &id.subsystem_vendor.to_le_bytes());
         config.put(0x2E, &id.subsystem.to_le_bytes());
+        // Which input of a pair of 8259s the pin is on, nobody knows.
+        config.put(register::INTERRUPT_LINE, &[if of.pin { UNKNOWN_LINE } else { 0 }]);
         config.put(0x3D, &[u8::from(of.pin)]);
         config.allow(register::COMMAND, &(MEMORY | BUS_MASTER | INTX_DISABLE).to_le_bytes());
         config.allow(0x0C, &[0xFF]);

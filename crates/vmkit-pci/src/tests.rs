@@ -243,6 +243,17 @@ fn the_reset_register_lives_inside_of_the_address_port() {
 }
 
 #[test]
+fn the_interrupt_line_is_unknown_until_software_writes_it() {
+    let mut m = machine(&["a"]);
+    assert_eq!(m.config(1, 0x3C) & 0xFFFF, 0x1FF);
+    m.set_config(1, 0x3C, 11);
+    assert_eq!(m.config(1, 0x3C) & 0xFFFF, 0x10B);
+    m.device.reset();
+    assert_eq!(m.config(1, 0x3C) & 0xFFFF, 0x1FF);
+    assert_eq!(m.config(0, 0x3C), 0, "the bridge has no pin");
+}
+
+#[test]
 fn bars_are_sized_placed_and_moved() {
     let mut m = machine(&["one"]);
     let (bar0, bar2) = (m.config(1, 0x10), m.config(1, 0x18));
