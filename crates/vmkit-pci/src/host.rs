@@ -133,7 +133,7 @@ impl DeviceBuilder for PciHost {
         let bridge = Description { identity: bridge, ..Description::default() };
         let host = Host {
             slots,
-            bridge: Mutex::new(Config::new(&bridge).map_err(config_error)?),
+            bridge: Config::new(&bridge).map_err(config_error)?,
             address: AtomicU32::new(0),
             routes: ArcSwap::default(),
             moves: Mutex::new(()),
@@ -196,7 +196,8 @@ struct Route {
 
 struct Host {
     slots: Vec<Slot>,
-    bridge: Mutex<Config>,
+    /// The bridge's own space, which is read-only: there is nothing to command, to save or to reset.
+    bridge: Config,
     address: AtomicU32,
     /// In ascending order, without overlaps.
     routes: ArcSwap<Vec<Route>>,
@@ -245,7 +246,7 @@ impl Host {
             return;
         }
         if device == 0 {
-            self.bridge.lock().unwrap_or_else(PoisonError::into_inner).read(at, data);
+            self.bridge.read(at, data);
         } else if let Some(slot) = self.slots.get(device as usize - 1) {
             slot.read_config(at, data);
         }
@@ -255,9 +256,8 @@ impl Host {
         if bus != 0 || function != 0 || at >= LEN {
             return;
         }
-        if device == 0 {
-            self.bridge.lock().unwrap_or_else(PoisonError::into_inner).write(at, data);
-        } else if let Some(slot) = self.slots.get(device as usize - 1)
+        if let Some(index) = (device as usize).checked_sub(1)
+            && let Some(slot) = self.slots.get(index)
             && slot.write_config(at, data)
         {
             self.route();

@@ -243,6 +243,15 @@ fn the_reset_register_lives_inside_of_the_address_port() {
 }
 
 #[test]
+fn the_bridges_own_space_is_read_only() {
+    let mut m = machine(&["a"]);
+    let before: Vec<_> = (0..64).map(|n| m.config(0, 4 * n)).collect();
+    (0..64).for_each(|n| m.set_config(0, 4 * n, u32::MAX));
+    let after: Vec<_> = (0..64).map(|n| m.config(0, 4 * n)).collect();
+    assert_eq!(after, before);
+}
+
+#[test]
 fn the_interrupt_line_is_unknown_until_software_writes_it() {
     let mut m = machine(&["a"]);
     assert_eq!(m.config(1, 0x3C) & 0xFFFF, 0x1FF);
