@@ -91,6 +91,16 @@ impl<'a> Placement<'a> {
         loop {
             let start = ceiling.checked_sub(len).map(|start| start & !(align - 1));
             let Some(start) = start.filter(|start| *start >= within.start) else {
+                // RAM goes up to the limit or the hole already: more of it is elsewhere.
+                if within.end.min(MMIO_HOLE_START) <= self.low_ram_end() {
+                    return Err(BootError::Placement {
+                        image: self.image.into(),
+                        what,
+                        start: within.start,
+                        len,
+                        reason: "does not fit below the highest address it may have",
+                    });
+                }
                 let missing = within.start.saturating_add(len);
                 return Err(BootError::NotEnoughRam {
                     image: self.image.into(),

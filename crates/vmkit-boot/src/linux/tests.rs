@@ -172,6 +172,16 @@ fn too_little_ram_says_how_much_is_needed() {
 }
 
 #[test]
+fn an_initrd_that_no_ram_would_help_is_not_a_matter_of_ram() {
+    let machine = Machine::new(64 * MIB);
+    let mut image = bzimage(&payload(Method::Gzip, &kernel(None)));
+    image[0x22C..0x230].copy_from_slice(&(MIB as u32).to_le_bytes());
+    let linux = Linux::from_bytes(image).unwrap().initrd_bytes(vec![1; 4096]);
+    let error = linux.load(&machine.ctx()).unwrap_err();
+    assert!(matches!(error, BootError::Placement { what: "the initrd", .. }), "{error}");
+}
+
+#[test]
 fn command_lines_have_a_limit_and_no_nul() {
     let machine = Machine::new(16 * MIB);
     for (line, reason) in [("x".repeat(2048), "too long"), ("a\0b".into(), "holds a NUL byte")] {
