@@ -54,6 +54,7 @@ const OUTPUT_A20: u8 = 1 << 1;
 const CONTROL_A_RESET: u8 = 1 << 0;
 
 const SELF_TEST_PASSED: u8 = 0x55;
+const NO_PASSWORD: u8 = 0xF1;
 const LINE_STUCK: u8 = 0x01;
 const KEYBOARD_RESEND: u8 = 0xFE;
 
@@ -193,7 +194,10 @@ impl Controller {
         match command {
             0x20 => self.reply(self.config),
             0x21..=0x3F => self.reply(0),
+            // The firmware's version, the diagnostic dump, the mode and the test inputs: nothing.
+            0xA1 | 0xAC | 0xCA | 0xE0 => self.reply(0),
             0x60..=0x7F => self.expect = Expect::Ram(command & 0x1F),
+            0xA4 => self.reply(NO_PASSWORD),
             0xA7 => self.config |= CONFIG_AUX_DISABLED,
             0xA8 => self.config &= !CONFIG_AUX_DISABLED,
             0xA9 => self.reply(LINE_STUCK),
@@ -402,6 +406,16 @@ mod tests {
         assert_eq!(rig.inb(DATA), 0x5A);
         assert_eq!(command(&rig, 0xA9), LINE_STUCK);
         assert_eq!(rig.rises(1), 0);
+    }
+
+    #[test]
+    fn every_command_that_promises_a_byte_delivers_it() {
+        let rig = Rig::new(I8042::new());
+        for asks in (0x20..=0x3F).chain([0xA1, 0xA9, 0xAA, 0xAB, 0xAC, 0xC0, 0xCA, 0xD0, 0xE0]) {
+            command(&rig, asks);
+        }
+        assert_eq!(command(&rig, 0xA4), 0xF1, "no password");
+        assert_eq!([0xA1, 0xAC, 0xCA, 0xE0].map(|asks| command(&rig, asks)), [0; 4]);
     }
 
     #[test]
