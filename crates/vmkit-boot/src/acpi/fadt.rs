@@ -13,6 +13,9 @@ const HAS_8042: u16 = 1 << 1;
 const NO_VGA: u16 = 1 << 2;
 const NO_CMOS_RTC: u16 = 1 << 5;
 
+/// Where the clock of a PC keeps the century, in its RAM.
+const RTC_CENTURY: u8 = 0x32;
+
 /// Latencies in microseconds that say there is no such state (ACPI 6.5 §5.2.9).
 const NO_C2: u16 = 101;
 const NO_C3: u16 = 1001;
@@ -65,7 +68,10 @@ pub(super) fn build(ctx: &BootContext<'_>, facs: u32, dsdt: u32) -> Vec<u8> {
                 fadt = fadt.flag(Flags::ResetRegSup);
             }
             Announcement::I8042 => boot |= HAS_8042,
-            Announcement::Rtc { .. } => boot &= !NO_CMOS_RTC,
+            Announcement::Rtc { .. } => {
+                boot &= !NO_CMOS_RTC;
+                fadt.century = RTC_CENTURY;
+            }
             _ => {}
         }
     }

@@ -76,6 +76,7 @@ fn the_fixed_table_has_the_pm_blocks_and_points_to_facs_and_dsdt() {
     assert_eq!(flags >> 20 & 1, 0, "not hardware-reduced");
     assert_eq!((flags >> 8 & 1, flags >> 10 & 1), (1, 1), "wide timer, reset register");
     assert_eq!(fadt[109] & 0b10_0010, 0b10, "8042, and an RTC");
+    assert_eq!(fadt[108], 0x32, "the century in the RTC's RAM");
 }
 
 #[test]
@@ -84,6 +85,7 @@ fn without_pm_blocks_the_machine_is_hardware_reduced() {
     let fadt = listed(&blob, b"FACP").unwrap();
     assert_eq!(u32_at(fadt, 112) >> 20 & 1, 1);
     assert_eq!(fadt[109] & 0b10_0010, 0b10_0000, "no 8042, no RTC");
+    assert_eq!(fadt[108], 0, "no century");
     assert!(!holds(&blob, b"_S5_"));
     assert!(listed(&blob, b"MCFG").is_none());
 }
