@@ -56,7 +56,7 @@ fn ours(chipset: Chipset, parts: Option<&mut [Vec<Duration>; 3]>) -> Duration {
         .backend(Backend::Kvm)
         .chipset(chipset)
         .boot(Flat::at(guests::START, guests::PORT_WRITE.to_vec()).mode(CpuMode::Real16))
-        .device(Counter { every: 1, times: 1, to })
+        .device(Counter { every: 1, times: 1, page: false, to })
         .build()
         .unwrap();
     let vm = vm.start().unwrap();

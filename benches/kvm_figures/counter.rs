@@ -12,11 +12,12 @@ use vmkit_device::{
 
 use vmkit_benches::guests;
 
-/// Answers the guests' port and MMIO page. Sends the time after every `every` accesses, `times` times, and
+/// Answers the guests' port, and their MMIO page if RAM ends below. Sends the time after every `every` accesses, `times` times, and
 /// ends the machine then.
 pub struct Counter {
     pub every: u64,
     pub times: u64,
+    pub page: bool,
     pub to: Sender<Instant>,
 }
 
@@ -34,7 +35,11 @@ impl DeviceBuilder for Counter {
     }
     fn needs(&self) -> Needs {
         let page = IoNeed { space: IoSpace::Mmio, at: Some(guests::MMIO), len: 4096, align: 1 };
-        Needs { io: vec![IoNeed::ports(guests::PORT, 1), page], irqs: Vec::new() }
+        let port = IoNeed::ports(guests::PORT, 1);
+        Needs {
+            io: [port].into_iter().chain(self.page.then_some(page)).collect(),
+            irqs: Vec::new(),
+        }
     }
     fn build(self: Box<Self>, resources: Resources) -> Result<Arc<dyn Device>, DeviceError> {
         let (left, times_left) = (AtomicU64::new(self.every), AtomicU64::new(self.times));

@@ -67,7 +67,7 @@ fn machine(guest: &[u8]) -> Vec<Duration> {
         .backend(Backend::Kvm)
         .bare()
         .boot(Flat::at(guests::START, guest.to_vec()).mode(CpuMode::Real16))
-        .device(Counter { every: EXITS, times: ROUNDS as u64 + 1, to })
+        .device(Counter { every: EXITS, times: ROUNDS as u64 + 1, page: true, to })
         .build()
         .unwrap();
     vm.run().unwrap();

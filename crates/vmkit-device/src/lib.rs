@@ -27,7 +27,9 @@ pub use format::SectionFormat;
 pub use interrupt::{
     Doorbell, Doorbells, InterruptSink, IrqLine, IrqWire, Msi, MsiRoute, MsiVector,
 };
-pub use resources::{IoNeed, IoSpace, IrqNeed, Needs, ResourceAllocator, ResourceError, Resources};
+pub use resources::{
+    IoNeed, IoSpace, IrqNeed, Needs, RangeReason, ResourceAllocator, ResourceError, Resources,
+};
 pub use thread::thread_builder;
 pub use vmkit_memory as memory;
 pub use vmkit_snapshot::{Section, SnapshotError};

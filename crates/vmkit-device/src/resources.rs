@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use thiserror::Error;
-use vm_allocator::{AddressAllocator, AllocPolicy, IdAllocator, RangeInclusive};
-use vmkit_memory::{GuestAddress, GuestRam};
+use vm_allocator::{AddressAllocator, AllocPolicy, IdAllocator};
+use vmkit_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRam};
 
 use crate::{Clock, Doorbells, EndSignal, InterruptSink, IrqLine, IrqWire};
 
@@ -39,7 +39,9 @@ impl IoNeed {
 
     /// `len` bytes of MMIO anywhere in the 32-bit hole, aligned to `len`'s next power of two.
     pub fn mmio(len: u64) -> Self {
-        Self { space: IoSpace::Mmio, at: None, len, align: len.next_power_of_two() }
+        // What is longer than every power of two finds no room whatever its alignment.
+        let align = len.checked_next_power_of_two().unwrap_or(1);
+        Self { space: IoSpace::Mmio, at: None, len, align }
     }
 }
 
@@ -125,8 +127,9 @@ impl Resources {
 #[derive(Debug, Error, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ResourceError {
-    /// The range is taken, or there is no room for it.
-    #[error("{device}: no room for {len:#x} {space:?} at {at:x?}")]
+    /// The device cannot have the range.
+    #[error("{device}: {}: {reason}", wanted(.space, .at, .len))]
+    #[non_exhaustive]
     Range {
         /// The device.
         device: String,
@@ -136,6 +139,8 @@ pub enum ResourceError {
         at: Option<u64>,
         /// How much it wanted.
         len: u64,
+        /// Why not.
+        reason: RangeReason,
     },
     /// The processor has no addresses for memory that the device brings.
     #[error("{device}: no addresses for {len:#x} bytes of memory above RAM")]
@@ -146,13 +151,61 @@ pub enum ResourceError {
         len: u64,
     },
     /// No interrupt input is free, or it does not exist.
-    #[error("{device}: no interrupt input {gsi:?} to be had")]
+    #[error("{device}: {}", no_input(.gsi))]
     Irq {
         /// The device.
         device: String,
         /// The one it wanted, if it mattered.
         gsi: Option<u32>,
     },
+}
+
+/// Why a device cannot have a range.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RangeReason {
+    /// It has no length.
+    #[error("it is empty")]
+    Empty,
+    /// It ends behind the last port or address.
+    #[error("it leaves its address space")]
+    Leaves,
+    /// Another device has part of it, or there is no room for it.
+    #[error("it is taken, or there is no room for it")]
+    Taken,
+    /// Accesses to part of it never reach a device.
+    #[error("no access to all of it would reach the device: {0} is there")]
+    Unreachable(&'static str),
+}
+
+/// A range as an error tells it.
+fn wanted(space: &IoSpace, at: &Option<u64>, len: &u64) -> String {
+    let what = match space {
+        IoSpace::Pio => "ports",
+        IoSpace::Mmio => "bytes of MMIO",
+    };
+    let place = at.map(|at| format!(" at {at:#x}")).unwrap_or_default();
+    format!("{len:#x} {what}{place}")
+}
+
+/// Why there is no interrupt input for a device.
+fn no_input(gsi: &Option<u32>) -> String {
+    match gsi {
+        Some(gsi) => format!("there is no interrupt input {gsi}: the last is {IRQ_LAST}"),
+        None => {
+            let inputs = IRQ_LAST - IRQ_FIRST + 1;
+            format!("no interrupt input is left of the {inputs} that any device may have")
+        }
+    }
+}
+
+/// Ports or addresses where no device is reached.
+#[derive(Clone, Copy)]
+struct Reserved {
+    space: IoSpace,
+    start: u64,
+    last: u64,
+    what: &'static str,
 }
 
 /// Hands out ports, MMIO and interrupt inputs so that no two devices get the same range.
@@ -162,6 +215,7 @@ pub struct ResourceAllocator {
     free_irqs: IdAllocator,
     wires: HashMap<u32, IrqWire>,
     sink: Arc<dyn InterruptSink>,
+    reserved: Vec<Reserved>,
 }
 
 impl std::fmt::Debug for ResourceAllocator {
@@ -190,7 +244,13 @@ impl ResourceAllocator {
                 .expect("the MMIO hole is a valid range"),
             IdAllocator::new(IRQ_FIRST, IRQ_LAST).expect("the inputs are a valid range"),
         );
-        Self { pio, mmio, free_irqs, wires: HashMap::new(), sink }
+        Self { pio, mmio, free_irqs, wires: HashMap::new(), sink, reserved: Vec::new() }
+    }
+
+    /// Says that no access from `start` to `last` reaches a device, because `what` answers it: devices
+    /// that ask for part of that are refused from now on.
+    pub fn reserve(&mut self, space: IoSpace, start: u64, last: u64, what: &'static str) {
+        self.reserved.push(Reserved { space, start, last, what });
     }
 
     /// The one wire to input `gsi`.
@@ -199,7 +259,8 @@ impl ResourceAllocator {
         self.wires.entry(gsi).or_insert_with(|| IrqWire::new(sink.clone(), gsi)).clone()
     }
 
-    /// Meets `needs`, writing regions and wires into `resources`.
+    /// Meets `needs`, writing regions and wires into `resources`. A range that begins at a given address
+    /// must not touch `resources.memory`, or what was [`reserve`](Self::reserve)d.
     ///
     /// # Errors
     /// [`ResourceError`], after which some of the device's ranges may stay reserved.
@@ -210,13 +271,11 @@ impl ResourceAllocator {
         resources: &mut Resources,
     ) -> Result<(), ResourceError> {
         for need in &needs.io {
-            let range = self.range(need).ok_or_else(|| ResourceError::Range {
-                device: device.into(),
-                space: need.space,
-                at: need.at,
-                len: need.len,
+            let start = self.range(need, &resources.memory).map_err(|reason| {
+                let IoNeed { space, at, len, .. } = *need;
+                ResourceError::Range { device: device.into(), space, at, len, reason }
             })?;
-            resources.io.push(range.start());
+            resources.io.push(start);
         }
         for need in &needs.irqs {
             let gsi = match *need {
@@ -236,20 +295,36 @@ impl ResourceAllocator {
         Ok(())
     }
 
-    fn range(&mut self, need: &IoNeed) -> Option<RangeInclusive> {
-        let (allocator, inside) = match need.space {
-            IoSpace::Pio => (&mut self.pio, true),
-            IoSpace::Mmio => {
-                let outside = need.at.is_some_and(|at| !(MMIO_FIRST..=MMIO_LAST).contains(&at));
-                (&mut self.mmio, !outside)
-            }
+    /// Where the range begins.
+    fn range(&mut self, need: &IoNeed, memory: &GuestRam) -> Result<u64, RangeReason> {
+        let behind = need.len.checked_sub(1).ok_or(RangeReason::Empty)?;
+        let allocator = match need.space {
+            IoSpace::Pio => &mut self.pio,
+            IoSpace::Mmio => &mut self.mmio,
         };
-        match need.at {
-            // A fixed address outside the hole (a chip's traditional place) is the bus's to check.
-            Some(at) if !inside => RangeInclusive::new(at, at.checked_add(need.len - 1)?).ok(),
-            Some(at) => allocator.allocate(need.len, 1, AllocPolicy::ExactMatch(at)).ok(),
-            None => allocator.allocate(need.len, need.align, AllocPolicy::FirstMatch).ok(),
+        let taken = |_| RangeReason::Taken;
+        let Some(at) = need.at else {
+            let range = allocator.allocate(need.len, need.align, AllocPolicy::FirstMatch);
+            return range.map_err(taken).map(|range| range.start());
+        };
+        let last = at.checked_add(behind).ok_or(RangeReason::Leaves)?;
+        if need.space == IoSpace::Pio && last > 0xFFFF {
+            return Err(RangeReason::Leaves);
         }
+        let meets = |start: u64, end: u64| at <= end && start <= last;
+        let here = |r: &&Reserved| r.space == need.space && meets(r.start, r.last);
+        if let Some(reserved) = self.reserved.iter().find(here) {
+            return Err(RangeReason::Unreachable(reserved.what));
+        }
+        let is_memory = memory.iter().any(|r| meets(r.start_addr().0, r.last_addr().0));
+        if need.space == IoSpace::Mmio && is_memory {
+            return Err(RangeReason::Unreachable("guest memory"));
+        }
+        // A fixed address outside the hole (a chip's traditional place) is the bus's to check.
+        if need.space == IoSpace::Pio || (MMIO_FIRST..=MMIO_LAST).contains(&at) {
+            allocator.allocate(need.len, 1, AllocPolicy::ExactMatch(at)).map_err(taken)?;
+        }
+        Ok(at)
     }
 }
 
@@ -297,5 +372,89 @@ mod tests {
         allocator.assign("net0", &virtio, &mut b).unwrap();
         assert_ne!(a.io[0], b.io[0]);
         assert_ne!(a.irqs[0].gsi(), b.irqs[0].gsi());
+    }
+
+    #[test]
+    fn a_range_where_no_access_reaches_a_device_is_refused() {
+        let mut allocator = ResourceAllocator::new(Arc::new(Nowhere));
+        allocator.reserve(IoSpace::Pio, 0x40, 0x43, "the timer");
+        let mut refused = |need: IoNeed| {
+            let needs = Needs { io: vec![need], irqs: vec![] };
+            match allocator.assign("mine", &needs, &mut resources()) {
+                Err(ResourceError::Range { reason, .. }) => Some(reason),
+                other => other.map(|()| None).unwrap(),
+            }
+        };
+        let mmio = |at, len| IoNeed { space: IoSpace::Mmio, at: Some(at), len, align: 1 };
+        let ram = Some(RangeReason::Unreachable("guest memory"));
+        assert_eq!(refused(mmio(0xA_0000, 0x1000)), ram);
+        assert_eq!(refused(mmio(0xF_FFFF, 2)), ram);
+        assert_eq!(refused(mmio(0x10_0000, 2)), None);
+        let timer = Some(RangeReason::Unreachable("the timer"));
+        assert_eq!(refused(IoNeed::ports(0x43, 1)), timer);
+        assert_eq!(refused(IoNeed::ports(0x3F, 9)), timer);
+        assert_eq!(refused(IoNeed::ports(0x44, 1)), None);
+        assert_eq!(refused(mmio(0xFFF0_0040, 1)), None);
+    }
+
+    #[test]
+    fn a_range_that_is_none_is_refused() {
+        let mut allocator = ResourceAllocator::new(Arc::new(Nowhere));
+        let fixed = |space, at, len| IoNeed { space, at: Some(at), len, align: 1 };
+        use IoSpace::Mmio;
+        for (need, why) in [
+            (fixed(Mmio, 0xFFF0_0000, 0), RangeReason::Empty),
+            (fixed(Mmio, 0xD000_0000, 0), RangeReason::Empty),
+            (IoNeed::ports(0x500, 0), RangeReason::Empty),
+            (IoNeed::mmio(0), RangeReason::Empty),
+            (IoNeed::mmio(u64::MAX), RangeReason::Taken),
+            (IoNeed::mmio(1 << 63), RangeReason::Taken),
+            (fixed(Mmio, u64::MAX, 2), RangeReason::Leaves),
+            (fixed(Mmio, 0xD000_0000, u64::MAX), RangeReason::Leaves),
+            (IoNeed::ports(0xFFFF, 2), RangeReason::Leaves),
+        ] {
+            let needs = Needs { io: vec![need], irqs: vec![] };
+            let error = allocator.assign("mine", &needs, &mut resources()).unwrap_err();
+            let is = matches!(error, ResourceError::Range { reason, .. } if reason == why);
+            assert!(is, "{need:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn what_is_refused_is_told_with_the_device_and_the_range() {
+        let mut allocator = ResourceAllocator::new(Arc::new(Nowhere));
+        allocator.reserve(IoSpace::Pio, 0x40, 0x43, "the timer");
+        let mut told = |needs: Needs| {
+            allocator.assign("mine", &needs, &mut resources()).unwrap_err().to_string()
+        };
+        assert_eq!(
+            told(Needs { io: vec![IoNeed::ports(0x42, 4)], irqs: vec![] }),
+            "mine: 0x4 ports at 0x42: no access to all of it would reach the device: the timer is there"
+        );
+        assert_eq!(
+            told(Needs { io: vec![IoNeed::mmio(1 << 40)], irqs: vec![] }),
+            "mine: 0x10000000000 bytes of MMIO: it is taken, or there is no room for it"
+        );
+    }
+
+    #[test]
+    fn interrupt_inputs_that_are_not_to_be_had_are_told_as_such() {
+        let mut allocator = ResourceAllocator::new(Arc::new(Nowhere));
+        let mut told = |need| {
+            let needs = Needs { io: vec![], irqs: vec![need] };
+            let assigned = allocator.assign("mine", &needs, &mut resources());
+            assigned.map_err(|error| error.to_string())
+        };
+        for _ in 0..8 {
+            told(IrqNeed::Any).unwrap();
+        }
+        assert_eq!(
+            told(IrqNeed::Any).unwrap_err(),
+            "mine: no interrupt input is left of the 8 that any device may have"
+        );
+        assert_eq!(
+            told(IrqNeed::Fixed(24)).unwrap_err(),
+            "mine: there is no interrupt input 24: the last is 23"
+        );
     }
 }

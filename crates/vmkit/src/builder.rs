@@ -6,7 +6,8 @@ use std::time::Instant;
 
 use vmkit_boot::{Boot, BootContext};
 use vmkit_device::{
-    Bus, BusRange, Device, DeviceBuilder, EndSignal, MonotonicClock, ResourceAllocator, Resources,
+    Bus, BusRange, Device, DeviceBuilder, EndSignal, IoSpace, MonotonicClock, ResourceAllocator,
+    Resources,
 };
 use vmkit_guest::{Guest, protocol::PORT};
 use vmkit_hypervisor::{
@@ -214,7 +215,8 @@ impl VmBuilder {
         let layout = RamLayout::pc(self.memory)?;
         let (mut builders, power_button) = chipset::devices(self.chipset, &self.devices);
         builders.extend(self.devices);
-        let placement = Placement::of(&builders, &layout, 1_u64 << model.physical_bits.min(52))?;
+        let addresses = 1_u64 << model.physical_bits.min(52);
+        let placement = Placement::of(&builders, &layout, addresses)?;
         let mut regions = regions(&layout, self.backing)?;
         regions.extend(placement.regions);
         let memory = regions.iter().map(|(region, _)| region.clone()).collect();
@@ -241,7 +243,9 @@ impl VmBuilder {
             Resources::new(memory.clone(), clock.clone(), end, partition.interrupts());
         resources.doorbells = partition.doorbells();
         let builders = builders.into_iter().zip(placement.places);
-        let (bus, devices) = attach(builders, &resources)?;
+        let mut allocator = ResourceAllocator::new(resources.interrupts.clone());
+        reserve(&mut allocator, self.interrupt_controllers, addresses);
+        let (bus, devices) = attach(builders, &resources, allocator)?;
 
         timeline.load_began = Instant::now();
         let announcements: Vec<_> = devices.iter().flat_map(|d| d.announce()).collect();
@@ -317,15 +321,38 @@ fn partition(
     Ok((partition, tracked))
 }
 
+/// Where accesses go to a PC's interrupt controllers and timer, and not to the bus.
+const CONTROLLERS: &[(IoSpace, u64, u64, &str)] = &[
+    (IoSpace::Pio, 0x20, 0x21, "the interrupt controller"),
+    (IoSpace::Pio, 0x40, 0x43, "the timer"),
+    (IoSpace::Pio, 0x61, 0x61, "the timer's gate"),
+    (IoSpace::Pio, 0xA0, 0xA1, "the interrupt controller"),
+    (IoSpace::Pio, 0x4D0, 0x4D1, "the interrupt controller"),
+    (IoSpace::Mmio, 0xFEC0_0000, 0xFEC0_0FFF, "the IOAPIC"),
+    (IoSpace::Mmio, 0xFEE0_0000, 0xFEEF_FFFF, "the local APIC"),
+];
+
+/// Keeps devices away from where the guest would never reach them. `addresses` is how many the
+/// processor has.
+fn reserve(allocator: &mut ResourceAllocator, controllers: InterruptControllers, addresses: u64) {
+    if controllers != InterruptControllers::None {
+        for &(space, start, last, what) in CONTROLLERS {
+            allocator.reserve(space, start, last, what);
+        }
+    }
+    let what = "the end of the processor's addresses";
+    allocator.reserve(IoSpace::Mmio, addresses, u64::MAX, what);
+}
+
 type Attached = (Arc<Bus>, Vec<Arc<dyn Device>>);
 
 /// Gives each device what it needs and puts it on the bus.
 fn attach(
     builders: impl Iterator<Item = (Box<dyn DeviceBuilder>, Vec<GuestAddress>)>,
     common: &Resources,
+    mut allocator: ResourceAllocator,
 ) -> Result<Attached, VmError> {
     let bus = Arc::new(Bus::new());
-    let mut allocator = ResourceAllocator::new(common.interrupts.clone());
     let mut names = HashSet::new();
     let mut devices = Vec::new();
     for (builder, placed) in builders {
@@ -346,4 +373,106 @@ fn attach(
         devices.push(device);
     }
     Ok((bus, devices))
+}
+
+#[cfg(test)]
+mod tests {
+    use vmkit_boot::Flat;
+    use vmkit_device::{
+        Announcement, DeviceError, IoFlow, IoNeed, Needs, RangeReason, ResourceError, Saved,
+        Section,
+    };
+    use vmkit_irqchip::Board;
+
+    use super::*;
+
+    /// A device with one range that does nothing.
+    struct At(IoNeed);
+    impl DeviceBuilder for At {
+        fn name(&self) -> String {
+            "mine".into()
+        }
+        fn needs(&self) -> Needs {
+            Needs { io: vec![self.0], irqs: vec![] }
+        }
+        fn build(self: Box<Self>, _: Resources) -> Result<Arc<dyn Device>, DeviceError> {
+            Ok(Arc::new(*self))
+        }
+    }
+    impl Device for At {
+        fn name(&self) -> &str {
+            "mine"
+        }
+        fn announce(&self) -> Vec<Announcement> {
+            Vec::new()
+        }
+        fn read(&self, _: usize, _: u64, _: &mut [u8]) {}
+        fn write(&self, _: usize, _: u64, _: &[u8]) -> IoFlow {
+            IoFlow::Continue
+        }
+        fn start(&self) -> Result<(), DeviceError> {
+            Ok(())
+        }
+        fn pause(&self) {}
+        fn reset(&self) {}
+        fn save(&self) -> Saved {
+            Saved::Stateless
+        }
+        fn load(&self, _: &[Section]) -> Result<(), DeviceError> {
+            Ok(())
+        }
+    }
+
+    fn bare() -> VmBuilder {
+        Vm::builder()
+            .memory(2 << 20)
+            .backend(Backend::Software)
+            .bare()
+            .boot(Flat::at(0x1000, vec![0xF4]))
+    }
+
+    #[test]
+    fn a_device_that_no_guest_could_reach_is_refused() {
+        let mmio = |at| IoNeed { space: IoSpace::Mmio, at: Some(at), len: 0x10, align: 1 };
+        let chips = [
+            mmio(0xFEC0_0000),
+            mmio(0xFEDF_FFF8),
+            mmio(0xFEE0_0080),
+            IoNeed::ports(0x21, 1),
+            IoNeed::ports(0x3C, 5),
+            IoNeed::ports(0xA0, 1),
+        ];
+        let nowhere = [mmio(0xB8000), mmio(0x1F_FFF8), mmio(1 << 52)];
+        for need in chips.into_iter().chain(nowhere) {
+            match bare().device(At(need)).build() {
+                Err(VmError::Resources(ResourceError::Range {
+                    device,
+                    reason: RangeReason::Unreachable(_),
+                    ..
+                })) if device == "mine" => {}
+                other => panic!("{need:?}: {other:?}"),
+            }
+        }
+        // Where there are no chips, a device may take their place.
+        for need in chips {
+            let none = bare().interrupt_controllers(InterruptControllers::None);
+            none.device(At(need)).build().unwrap();
+        }
+    }
+
+    #[test]
+    fn the_places_of_the_chips_are_those_that_the_backends_answer() {
+        let reserved = |space, at: u64| {
+            CONTROLLERS
+                .iter()
+                .any(|&(s, start, last, _)| s == space && (start..=last).contains(&at))
+        };
+        for port in 0..=u16::MAX {
+            assert_eq!(reserved(IoSpace::Pio, port.into()), Board::has_port(port), "{port:#x}");
+        }
+        let page = (0xFEBF_F000..0xFEC0_2000).step_by(8);
+        for at in page {
+            assert_eq!(reserved(IoSpace::Mmio, at), Board::ioapic_offset(at).is_some(), "{at:#x}");
+        }
+    }
 }
