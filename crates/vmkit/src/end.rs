@@ -38,7 +38,7 @@ impl fmt::Display for End {
             Self::PoweredOff => f.write_str("powered off"),
             Self::Reset => f.write_str("asked for a reset"),
             Self::ExitCode(code) => write!(f, "left with exit code {code}"),
-            Self::GuestPanicked => f.write_str("the guest's kernel panicked"),
+            Self::GuestPanicked => f.write_str("its kernel panicked"),
             Self::TripleFault { vcpu, rip } => write!(f, "triple fault on vCPU {vcpu} at {rip:#x}"),
             Self::Halted => f.write_str("halted with interrupts off"),
             Self::Stopped => f.write_str("stopped by the host"),

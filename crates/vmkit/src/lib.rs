@@ -16,7 +16,7 @@
 //!     .build()?;
 //! match vm.run()? {
 //!     End::PoweredOff => println!("done"),
-//!     other => println!("the guest {other}"),
+//!     other => println!("the machine ended: {other}"),
 //! }
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
