@@ -40,7 +40,7 @@ pub enum VmError {
     Device(#[from] DeviceError),
     /// A device could not restart after a pause, which ended the machine.
     #[error("after a pause: {0}")]
-    Restart(Arc<DeviceError>),
+    Restart(#[source] Arc<DeviceError>),
     /// A device needs ports, memory or an interrupt that another one has.
     #[error(transparent)]
     Resources(#[from] ResourceError),
@@ -85,7 +85,7 @@ pub enum VmError {
 pub(crate) enum RunFailure {
     Backend { vcpu: u32, source: Arc<HypervisorError> },
     Panicked { vcpu: u32, message: String },
-    Thread { vcpu: u32, kind: io::ErrorKind },
+    Thread { vcpu: u32, source: Arc<io::Error> },
     Restart(Arc<DeviceError>),
 }
 
@@ -94,8 +94,44 @@ impl From<RunFailure> for VmError {
         match failure {
             RunFailure::Backend { vcpu, source } => Self::Vcpu { vcpu, source },
             RunFailure::Panicked { vcpu, message } => Self::VcpuPanicked { vcpu, message },
-            RunFailure::Thread { vcpu, kind } => Self::Thread { vcpu, source: kind.into() },
+            RunFailure::Thread { vcpu, source } => Self::Thread { vcpu, source: again(&source) },
             RunFailure::Restart(source) => Self::Restart(source),
+        }
+    }
+}
+
+/// The same error once more, for somebody else who waits.
+fn again(error: &io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(number) => io::Error::from_raw_os_error(number),
+        None => io::Error::new(error.kind(), error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error;
+
+    use super::*;
+
+    #[test]
+    fn a_failed_restart_names_its_source() {
+        let reason = DeviceError::Config { device: "mine".into(), reason: "worn out".into() };
+        let error = VmError::from(RunFailure::Restart(Arc::new(reason)));
+        assert_eq!(error.to_string(), "after a pause: mine: worn out");
+        assert_eq!(error.source().unwrap().to_string(), "mine: worn out");
+    }
+
+    #[test]
+    fn everybody_who_waits_is_told_what_the_host_said() {
+        // EAGAIN has the kind of EWOULDBLOCK, which alone tells less.
+        for source in [io::Error::from_raw_os_error(11), io::Error::other("no more")] {
+            let words = source.to_string();
+            let failure = RunFailure::Thread { vcpu: 3, source: Arc::new(source) };
+            for _ in 0..2 {
+                let error = VmError::from(failure.clone());
+                assert_eq!(error.source().unwrap().to_string(), words);
+            }
         }
     }
 }

@@ -101,9 +101,10 @@ impl Machine {
         source: std::io::Error,
     ) -> VmError {
         drop(threads);
-        self.control.finish(Err(RunFailure::Thread { vcpu, kind: source.kind() }));
+        let failure = RunFailure::Thread { vcpu, source: Arc::new(source) };
+        self.control.finish(Err(failure.clone()));
         self.settle();
-        VmError::Thread { vcpu, source }
+        failure.into()
     }
 
     /// Devices run before guest time does, so that none misses a moment of it.
