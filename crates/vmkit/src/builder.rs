@@ -114,8 +114,12 @@ impl VmBuilder {
         self
     }
 
-    /// Where the interrupt controllers are; the guest sees a PC's either way. In the kernel where the
-    /// backend is KVM, if not said. On the software processor full and split are the same.
+    /// Where the interrupt controllers are; in the kernel where the backend is KVM, if not said. Full
+    /// or split, the guest sees a PC's, and on the software processor they are the same.
+    ///
+    /// With [`InterruptControllers::None`] the guest has no interrupts, local APIC or timer: it polls,
+    /// as no stock kernel does, and devices may have the chips' places. A PC's chipset would be no use
+    /// to it, so this is for [`bare`](Self::bare) machines.
     pub fn interrupt_controllers(mut self, controllers: InterruptControllers) -> Self {
         self.interrupt_controllers = controllers;
         self
@@ -202,6 +206,10 @@ impl VmBuilder {
     pub fn build(self) -> Result<Vm, VmError> {
         let mut timeline = Recorder::begin();
         let guest = self.boot.ok_or(VmError::NothingToBoot)?;
+        let none = self.interrupt_controllers == InterruptControllers::None;
+        if none && self.chipset != Chipset::Bare {
+            return Err(VmError::NoInterruptControllers);
+        }
         let hypervisor = self.backend.hypervisor()?;
         let capabilities = hypervisor.capabilities().clone();
         if self.vcpus == 0 || self.vcpus > capabilities.max_vcpus {
@@ -458,6 +466,14 @@ mod tests {
             let none = bare().interrupt_controllers(InterruptControllers::None);
             none.device(At(need)).build().unwrap();
         }
+    }
+
+    #[test]
+    fn a_pcs_chipset_without_interrupt_controllers_is_refused() {
+        let none = || bare().interrupt_controllers(InterruptControllers::None);
+        let error = none().chipset(Chipset::Pc).build().unwrap_err();
+        assert!(matches!(error, VmError::NoInterruptControllers), "{error}");
+        none().build().unwrap();
     }
 
     #[test]

@@ -26,6 +26,9 @@ pub enum VmError {
         /// The most it offers.
         most: u32,
     },
+    /// A PC's chipset was asked for without interrupt controllers, which its devices and guests need.
+    #[error("a PC's chipset has no use without interrupt controllers: make the machine bare")]
+    NoInterruptControllers,
     /// Two devices have the same name.
     #[error("two devices are called {0}")]
     DuplicateDevice(String),
