@@ -123,7 +123,8 @@ pub trait VirtioDevice: Send + Sync {
     fn memory(&self) -> Vec<Arc<FileMemory>> {
         Vec::new()
     }
-    /// Where each of [`memory`](Self::memory) is. Called once, before the guest runs.
+    /// Where each of [`memory`](Self::memory) is. Called once, when the device is built into a machine,
+    /// also if it brings no memory.
     fn placed(&self, _at: &[GuestAddress]) {}
     /// Reads from the configuration space. What is not there reads as zeros.
     fn read_config(&self, offset: u64, data: &mut [u8]);

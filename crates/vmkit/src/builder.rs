@@ -18,7 +18,7 @@ use vmkit_memory::{
     Backing, GuestAddress, GuestMemoryRegion, GuestRam, MemoryError, MemoryRegion, MmapRegion,
     RamLayout, RamRange,
 };
-use vmkit_virtio::Vsock;
+use vmkit_virtio::{Vsock, VsockConnector};
 
 use crate::control::Control;
 use crate::machine::{Machine, Tracked};
@@ -45,6 +45,8 @@ pub struct VmBuilder {
     boot: Option<Box<dyn Boot>>,
     devices: Vec<Box<dyn DeviceBuilder>>,
     agent: Guest,
+    /// The socket device that the agent dials in through.
+    agent_device: Option<VsockConnector>,
 }
 
 impl std::fmt::Debug for VmBuilder {
@@ -74,6 +76,7 @@ impl VmBuilder {
             boot: None,
             devices: Vec::new(),
             agent: Guest::unreachable(),
+            agent_device: None,
         }
     }
 
@@ -176,7 +179,8 @@ impl VmBuilder {
         self
     }
 
-    /// Listens for the guest's agent on `vsock`, which must also become a device of the machine.
+    /// Listens for the guest's agent on `vsock`, which must also become a device of the machine:
+    /// [`build`](Self::build) fails with [`VmError::AgentWithoutDevice`] if it does not.
     /// [`RunningVm::guest`](crate::RunningVm::guest) then reaches commands and files of the guest, once it
     /// has started [`guest::AGENT`](vmkit_guest::AGENT).
     ///
@@ -193,6 +197,7 @@ impl VmBuilder {
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn guest_agent(mut self, vsock: &mut Vsock) -> Self {
+        self.agent_device = Some(vsock.connector());
         let listener = vsock.listen(PORT);
         self.agent = Guest::listening(move |limit| listener.accept_timeout(limit));
         self
@@ -254,6 +259,9 @@ impl VmBuilder {
         let mut allocator = ResourceAllocator::new(resources.interrupts.clone());
         reserve(&mut allocator, self.interrupt_controllers, addresses);
         let (bus, devices) = attach(builders, &resources, allocator)?;
+        if self.agent_device.is_some_and(|vsock| !vsock.is_plugged()) {
+            return Err(VmError::AgentWithoutDevice);
+        }
 
         timeline.load_began = Instant::now();
         let announcements: Vec<_> = devices.iter().flat_map(|d| d.announce()).collect();
@@ -391,6 +399,8 @@ mod tests {
         Section,
     };
     use vmkit_irqchip::Board;
+    use vmkit_pci::PciHost;
+    use vmkit_virtio::Pci;
 
     use super::*;
 
@@ -474,6 +484,23 @@ mod tests {
         let error = none().chipset(Chipset::Pc).build().unwrap_err();
         assert!(matches!(error, VmError::NoInterruptControllers), "{error}");
         none().build().unwrap();
+    }
+
+    #[test]
+    fn an_agent_whose_socket_device_is_not_plugged_in_is_refused() {
+        let mut kept = Vsock::new(3).unwrap();
+        let mut dropped = Vsock::new(4).unwrap();
+        let builders = [bare().guest_agent(&mut kept), bare().guest_agent(&mut dropped)];
+        drop(dropped);
+        for builder in builders {
+            let error = builder.build().unwrap_err();
+            assert!(matches!(error, VmError::AgentWithoutDevice), "{error}");
+        }
+        let (mut mmio, mut pci) = (Vsock::new(3).unwrap(), Vsock::new(3).unwrap());
+        let builder = bare().guest_agent(&mut mmio).device(mmio.named("socket"));
+        builder.build().unwrap();
+        let builder = bare().guest_agent(&mut pci);
+        builder.device(PciHost::new().function(Pci::new(pci))).build().unwrap();
     }
 
     #[test]

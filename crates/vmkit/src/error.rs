@@ -29,6 +29,11 @@ pub enum VmError {
     /// A PC's chipset was asked for without interrupt controllers, which its devices and guests need.
     #[error("a PC's chipset has no use without interrupt controllers: make the machine bare")]
     NoInterruptControllers,
+    /// The guest's agent was to dial in over a vsock that is no device of the machine.
+    #[error(
+        "the guest's agent has no way in: give its vsock, after `guest_agent`, to the builder with `device`"
+    )]
+    AgentWithoutDevice,
     /// Two devices have the same name.
     #[error("two devices are called {0}")]
     DuplicateDevice(String),

@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError};
 use std::time::Duration;
 
@@ -122,16 +124,26 @@ impl VsockListener {
 pub struct VsockConnector {
     requests: SyncSender<Request>,
     wake: Wake,
+    plugged: Arc<AtomicBool>,
 }
 
 impl VsockConnector {
     pub(super) fn new() -> io::Result<(Self, Receiver<Request>)> {
         let (requests, receiver) = std::sync::mpsc::sync_channel(MOST_WAITING);
-        Ok((Self { requests, wake: Wake::new()? }, receiver))
+        Ok((Self { requests, wake: Wake::new()?, plugged: Arc::default() }, receiver))
     }
 
     pub(super) fn wake(&self) -> Wake {
         self.wake.clone()
+    }
+
+    pub(super) fn plug(&self) {
+        self.plugged.store(true, Ordering::Release);
+    }
+
+    /// True once the device has been built into a machine.
+    pub fn is_plugged(&self) -> bool {
+        self.plugged.load(Ordering::Acquire)
     }
 
     /// Connects to `port` of the guest. The stream is there at once; what is written to it arrives

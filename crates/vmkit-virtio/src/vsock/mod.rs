@@ -20,6 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use vmkit_device::{DeviceError, Saved, Section, SectionFormat};
+use vmkit_memory::GuestAddress;
 
 use self::host::Host;
 use self::worker::VsockWorker;
@@ -183,6 +184,10 @@ impl VirtioDevice for Vsock {
     }
 
     fn write_config(&self, _: u64, _: &[u8]) {}
+
+    fn placed(&self, _: &[GuestAddress]) {
+        self.connector.plug();
+    }
 
     fn activate(&self, _: Activation) -> Result<Vec<LaneSpec>, DeviceError> {
         let worker = VsockWorker::new(
