@@ -100,6 +100,24 @@ impl VmBuilder {
     }
 
     /// Which backend runs the machine; [`Backend::Auto`] if not said.
+    ///
+    /// KVM's runs are ended by a signal: `SIGRTMIN + 5`, unless the embedder opens KVM itself, as here for
+    /// a choice like that of [`Backend::Auto`] with a signal of one's own:
+    ///
+    /// ```no_run
+    /// # use std::sync::Arc;
+    /// use vmkit::kvm::{KickSignal, KvmHypervisor};
+    /// use vmkit::{Backend, Vm};
+    ///
+    /// let signal = KickSignal::realtime(9).ok_or("there is no SIGRTMIN + 9")?;
+    /// let kvm = KvmHypervisor::with_signal(signal)?;
+    /// let backend = match kvm.probe() {
+    ///     Ok(()) => Backend::Custom(Arc::new(kvm)),
+    ///     Err(_) => Backend::Software,
+    /// };
+    /// let builder = Vm::builder().backend(backend);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn backend(mut self, backend: Backend) -> Self {
         self.backend = backend;
         self

@@ -21,9 +21,10 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! A machine is a value: nothing it does is process-wide (the one signal that KVM needs aside, see
-//! [`kvm`]), a process may have many of them, and dropping one frees its memory, threads and
-//! descriptors. What the guest did to end itself is an [`End`]; what went wrong on the host's side
+//! A machine is a value: a process may have many of them, and dropping one frees its memory, threads
+//! and descriptors. Nothing it does is process-wide but for KVM's one signal
+//! ([`KickSignal`](kvm::KickSignal)), which gets a handler that does nothing unless it has one, and which
+//! can be [chosen](VmBuilder::backend). What the guest did to end itself is an [`End`]; what went wrong on the host's side
 //! is a [`VmError`].
 //!
 //! This crate has no devices, no loaders and no processor of its own: it puts those of the crates

@@ -15,8 +15,8 @@ use crate::{End, Paused, Timeline, VmBuilder, VmError};
 
 /// A virtual machine that has been built and not started.
 ///
-/// Nothing of it is process-wide: a process may have any number of machines, and dropping one frees
-/// its memory, threads and descriptors.
+/// A process may have any number of machines, and dropping one frees its memory, threads and
+/// descriptors.
 pub struct Vm {
     machine: Arc<Machine>,
 }
