@@ -186,7 +186,85 @@ impl VmBuilder {
         self
     }
 
-    /// Adds a device.
+    /// Adds a device: one of vmkit's, or one of the embedder's own. Here a machine has nothing but one
+    /// that doubles numbers and ends the machine; [`vmkit_device`] shows one with an interrupt and a
+    /// saved state.
+    ///
+    /// ```
+    /// use std::sync::Arc;
+    /// use std::sync::atomic::{AtomicU8, Ordering};
+    ///
+    /// use vmkit::boot::Flat;
+    /// use vmkit::device::*;
+    /// use vmkit::{Backend, End, Vm};
+    ///
+    /// struct Doubler;
+    ///
+    /// impl DeviceBuilder for Doubler {
+    ///     fn name(&self) -> String {
+    ///         "doubler".into()
+    ///     }
+    ///     fn needs(&self) -> Needs {
+    ///         Needs { io: vec![IoNeed::ports(0x99, 2)], irqs: vec![] }
+    ///     }
+    ///     fn build(self: Box<Self>, resources: Resources) -> Result<Arc<dyn Device>, DeviceError> {
+    ///         Ok(Arc::new(Running { number: AtomicU8::new(0), end: resources.end }))
+    ///     }
+    /// }
+    ///
+    /// struct Running {
+    ///     number: AtomicU8,
+    ///     end: EndSignal,
+    /// }
+    ///
+    /// impl Device for Running {
+    ///     fn name(&self) -> &str {
+    ///         "doubler"
+    ///     }
+    ///     fn announce(&self) -> Vec<Announcement> {
+    ///         Vec::new()
+    ///     }
+    ///     fn read(&self, _region: usize, _offset: u64, data: &mut [u8]) {
+    ///         data.fill(self.number.load(Ordering::Relaxed).wrapping_mul(2));
+    ///     }
+    ///     fn write(&self, _region: usize, offset: u64, data: &[u8]) -> IoFlow {
+    ///         let [number] = *data else { return IoFlow::Continue };
+    ///         if offset == 0 {
+    ///             self.number.store(number, Ordering::Relaxed);
+    ///             return IoFlow::Continue;
+    ///         }
+    ///         self.end.raise(GuestEnd::ExitCode(number.into()));
+    ///         IoFlow::Stop
+    ///     }
+    ///     fn start(&self) -> Result<(), DeviceError> {
+    ///         Ok(())
+    ///     }
+    ///     fn pause(&self) {}
+    ///     fn reset(&self) {}
+    ///     fn save(&self) -> Saved {
+    ///         Saved::Cannot("it is an example")
+    ///     }
+    ///     fn load(&self, _: &[Section]) -> Result<(), DeviceError> {
+    ///         Ok(())
+    ///     }
+    /// }
+    ///
+    /// let code = [
+    ///     &[0xB0, 21][..], // mov al, 21
+    ///     &[0xE6, 0x99],   // out 0x99, al
+    ///     &[0xE4, 0x99],   // in al, 0x99
+    ///     &[0xE6, 0x9A],   // out 0x9A, al
+    /// ];
+    /// let vm = Vm::builder()
+    ///     .memory(2 << 20)
+    ///     .backend(Backend::Software)
+    ///     .bare()
+    ///     .device(Doubler)
+    ///     .boot(Flat::at(0x1000, code.concat()))
+    ///     .build()?;
+    /// assert_eq!(vm.run()?, End::ExitCode(42));
+    /// # Ok::<(), vmkit::VmError>(())
+    /// ```
     pub fn device(self, device: impl DeviceBuilder + 'static) -> Self {
         self.boxed_device(Box::new(device))
     }
