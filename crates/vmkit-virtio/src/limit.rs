@@ -89,6 +89,10 @@ impl Budget {
 
     /// An operation on `bytes` was done.
     fn spend(&self, now: Duration, bytes: u64) {
+        self.add(now, bytes, 1);
+    }
+
+    fn add(&self, now: Duration, bytes: u64, operations: u64) {
         let mut paid = self.paid.lock().unwrap_or_else(PoisonError::into_inner);
         let earliest = now.saturating_sub(self.limit.burst);
         let after = |paid: Duration, amount: u64, rate: Option<u64>| match rate {
@@ -100,7 +104,7 @@ impl Budget {
             None => Duration::ZERO,
         };
         paid.0 = after(paid.0, bytes, self.limit.bytes);
-        paid.1 = after(paid.1, 1, self.limit.operations);
+        paid.1 = after(paid.1, operations, self.limit.operations);
     }
 }
 
@@ -157,6 +161,14 @@ impl Limiter {
     pub(crate) fn spend(&mut self, bytes: impl FnOnce() -> u64) {
         if let Some(inner) = &mut self.inner {
             inner.budget.spend(inner.clock.now(), bytes());
+        }
+    }
+
+    /// The operation was on `bytes` more.
+    #[inline]
+    pub(crate) fn spend_more(&mut self, bytes: u64) {
+        if let (Some(inner), true) = (&mut self.inner, bytes > 0) {
+            inner.budget.add(inner.clock.now(), bytes, 0);
         }
     }
 }

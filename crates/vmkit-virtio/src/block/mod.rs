@@ -233,7 +233,7 @@ impl Block {
     }
 
     /// Limits the requests of all queues together. The bytes of a request are those of all its
-    /// buffers. Also with [`WorkModel::Inline`](crate::WorkModel::Inline) a request that had to wait
+    /// buffers and those it zeroes; what it discards is not written, and no more than an operation. Also with [`WorkModel::Inline`](crate::WorkModel::Inline) a request that had to wait
     /// is done on a thread of the device's.
     #[must_use]
     pub fn limit(mut self, limit: RateLimit) -> Self {

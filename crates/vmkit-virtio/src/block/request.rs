@@ -41,6 +41,15 @@ const MOST_BYTES: u64 = 256 << 20;
 /// Bytes whose reading or writing takes about as long as to make a disk's writes durable.
 const FLUSH_BYTES: u64 = 4 << 20;
 
+/// What requests took.
+#[derive(Default)]
+pub(super) struct Work {
+    /// How much of a turn, in bytes.
+    pub taken: u64,
+    /// Bytes of the last request that were zeroed, of which none was in its buffers.
+    pub zeroed: u64,
+}
+
 /// A request, taken apart.
 pub(super) struct Request<'a> {
     kind: u32,
@@ -86,9 +95,9 @@ impl Worker for BlockWorker {
 
     fn process(&mut self, queues: &mut Queues, index: u16) -> Result<Progress, Fault> {
         let Some(queue) = queues.get(index) else { return Ok(Progress::Drained) };
-        let mut work = 0;
+        let mut work = Work::default();
         for n in 1..=queue.size() {
-            if work >= TURN_BYTES {
+            if work.taken >= TURN_BYTES {
                 break;
             }
             if !self.limiter.ready() {
@@ -100,6 +109,7 @@ impl Worker for BlockWorker {
             self.limiter.spend(|| self.chain.bytes());
             let request = self.target.parse(&self.chain, queue.memory())?;
             let written = self.target.perform(request, &mut work)?;
+            self.limiter.spend_more(work.zeroed);
             queue.complete(self.chain.head(), written)?;
             if n.is_multiple_of(SIGNAL_EVERY) {
                 queue.signal()?;
@@ -184,22 +194,23 @@ impl RequestTarget {
     }
 
     /// Serves a request; returns how many bytes were written to guest memory. Adds to `work` what it
-    /// took, in bytes.
-    pub(super) fn perform(&self, request: Request<'_>, work: &mut u64) -> Result<u32, Fault> {
+    /// took.
+    pub(super) fn perform(&self, request: Request<'_>, work: &mut Work) -> Result<u32, Fault> {
+        work.zeroed = 0;
         let action = self.action(&request);
         let Request { kind, mut from, mut data, mut status, .. } = request;
         let outcome = match (action, kind) {
             (Action::Read { offset }, _) => {
-                *work += data.remaining();
+                work.taken += data.remaining();
                 self.read(offset, &mut data)?
             }
             (Action::Write { offset }, _) => {
                 let flushes = self.writes_are_durable();
-                *work += from.remaining() + if flushes { FLUSH_BYTES } else { 0 };
+                work.taken += from.remaining() + if flushes { FLUSH_BYTES } else { 0 };
                 self.write(offset, &mut from)?
             }
             (Action::Flush, _) => {
-                *work += FLUSH_BYTES;
+                work.taken += FLUSH_BYTES;
                 self.done(self.disk.flush())
             }
             (Action::Other, kind::IN | kind::OUT) => Status::IoError,
@@ -277,7 +288,7 @@ impl RequestTarget {
 
     /// Discards or zeroes the ranges in `data`, if that `feature` was negotiated. All are checked
     /// before the first is done.
-    fn ranges(&self, wanted: u64, data: &mut Reader<'_>, work: &mut u64) -> Result<Status, Fault> {
+    fn ranges(&self, wanted: u64, data: &mut Reader<'_>, work: &mut Work) -> Result<Status, Fault> {
         if self.features & wanted == 0 {
             return Ok(Status::Unsupported);
         }
@@ -308,7 +319,8 @@ impl RequestTarget {
             }
         }
         for &mut (offset, len, unmap) in ranges {
-            *work += len;
+            work.taken += len;
+            work.zeroed += if wanted == feature::WRITE_ZEROES { len } else { 0 };
             let result = match wanted {
                 _ if len == 0 => Ok(()),
                 feature::DISCARD => self.disk.discard(offset, len),

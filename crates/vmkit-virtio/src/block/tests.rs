@@ -422,6 +422,48 @@ impl Disk for Hollow {
 }
 
 #[test]
+fn bytes_that_are_zeroed_without_a_buffer_count_to_a_limit() {
+    let limit = RateLimit::new().bytes(1 << 20).burst(Duration::ZERO);
+    let block = Block::disk(Hollow).unwrap().limit(limit);
+    // No time for a thread to find the timer.
+    let events = crate::EventLoop::new().unwrap();
+    let rig = Rig::new(Mmio::new(block).work(WorkModel::Loop(events.clone())));
+    let mut ring = rig.activate(ALL, 16).remove(0);
+    rig.clock.advance(Duration::from_secs(1));
+    header(&rig, 13, 0);
+    rig.write(DATA, &[&[0; 8], &(1_u32 << 14).to_le_bytes()[..], &[0; 4]].concat());
+    for _ in 0..2 {
+        ring.add(&[(HEADER, 16), (DATA, 16)], &[(STATUS, 1)]);
+    }
+    let turn = || (0..10).for_each(|_| assert!(events.process_ready().unwrap() < 10));
+    rig.notify(0);
+    turn();
+    assert_eq!((ring.used().is_some(), ring.used()), (true, None));
+    // 8 MiB take eight seconds. A notification has it look again.
+    rig.clock.advance(Duration::from_millis(7_990));
+    rig.notify(0);
+    turn();
+    assert_eq!(ring.used(), None);
+    rig.clock.advance(Duration::from_millis(20));
+    rig.notify(0);
+    turn();
+    assert!(ring.used().is_some());
+    // What is discarded costs nothing.
+    header(&rig, 11, 0);
+    rig.clock.advance(Duration::from_secs(9));
+    for _ in 0..2 {
+        ring.add(&[(HEADER, 16), (DATA, 16)], &[(STATUS, 1)]);
+    }
+    rig.notify(0);
+    turn();
+    assert!(ring.used().is_some());
+    rig.clock.advance(Duration::from_millis(1));
+    rig.notify(0);
+    turn();
+    assert!(ring.used().is_some());
+}
+
+#[test]
 fn a_turn_ends_after_so_much_work_that_a_stop_need_not_wait_long() {
     const MIB: u32 = 1 << 20;
     let ram = allocate(&RamLayout::pc(16 << 20).unwrap(), Backing::Anonymous).unwrap();

@@ -6,7 +6,7 @@ use std::io;
 
 use vmkit_memory::{FileRing, GuestRam};
 
-use super::request::{Action, RequestTarget, Status};
+use super::request::{Action, RequestTarget, Status, Work};
 use super::{LIMIT, RING};
 use crate::limit::Limiter;
 use crate::queue::TURN_BYTES;
@@ -78,9 +78,9 @@ impl RingWorker {
     /// Takes requests until none is left, none may be begun, or others should have their turn.
     fn begin(&mut self, queue: &mut VirtQueue) -> Result<Progress, Fault> {
         self.full = false;
-        let mut work = 0;
+        let mut work = Work::default();
         for _ in 0..queue.size() {
-            if work >= TURN_BYTES {
+            if work.taken >= TURN_BYTES {
                 break;
             }
             if !self.limiter.ready() {
@@ -103,9 +103,9 @@ impl RingWorker {
         Ok(Progress::More)
     }
 
-    /// Begins the request in `chain`, and adds to `work` what it takes, in bytes: what is in the page
+    /// Begins the request in `chain`, and adds to `work` what it takes: what is in the page
     /// cache is done when it is submitted.
-    fn begin_one(&mut self, queue: &mut VirtQueue, work: &mut u64) -> Result<(), Fault> {
+    fn begin_one(&mut self, queue: &mut VirtQueue, work: &mut Work) -> Result<(), Fault> {
         let mut request = self.target.parse(&self.chain, &self.memory)?;
         let fills = request.data.remaining();
         let action = self.target.action(&request);
@@ -116,13 +116,14 @@ impl RingWorker {
             Action::Write { .. } => request.from.remaining(),
             _ => 0,
         };
-        *work += bytes;
+        work.taken += bytes;
         let begun = match action {
             Action::Read { offset } => entry.read(offset, request.data.pieces()),
             Action::Write { offset } => entry.write(offset, request.from.pieces()),
             Action::Flush => entry.sync(),
             Action::Other => {
                 let written = self.target.perform(request, work)?;
+                self.limiter.spend_more(work.zeroed);
                 return queue.complete(self.chain.head(), written);
             }
         };
