@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use vmkit_device::{DeviceError, Saved, Section, SectionFormat};
 use vmkit_memory::{FileMemory, FileWrites, GuestAddress, MemoryError};
 
+use crate::fault::Rarely;
 use crate::lock::FileLock;
 use crate::transport::mmio::mmio_by_default;
 use crate::{
@@ -50,6 +51,8 @@ pub struct Pmem {
     name: String,
     memory: Arc<FileMemory>,
     start: OnceLock<GuestAddress>,
+    /// Outlives resets, so that a guest cannot fill the log by them.
+    errors: Arc<Rarely>,
     _lock: FileLock,
 }
 
@@ -119,7 +122,8 @@ impl Pmem {
             reserve(&same, memory.bytes()).map_err(|source| host("find room for", source))?;
         }
         let (memory, start) = (Arc::new(memory), OnceLock::new());
-        Ok(Self { name: "pmem0".into(), memory, start, _lock: lock })
+        let errors = Arc::default();
+        Ok(Self { name: "pmem0".into(), memory, start, errors, _lock: lock })
     }
 
     /// Gives the device another name than `pmem0`.
@@ -187,6 +191,7 @@ impl VirtioDevice for Pmem {
             name: self.name.clone(),
             memory: self.memory.clone(),
             chain: Chain::new(),
+            errors: self.errors.clone(),
         };
         Ok(vec![LaneSpec { queues: vec![0], worker: Box::new(worker) }])
     }
@@ -216,6 +221,7 @@ struct PmemWorker {
     name: String,
     memory: Arc<FileMemory>,
     chain: Chain,
+    errors: Arc<Rarely>,
 }
 
 impl PmemWorker {
@@ -226,7 +232,8 @@ impl PmemWorker {
         match self.memory.sync() {
             Ok(()) => OK,
             Err(error) => {
-                log::error!("{}: cannot make writes durable: {error}", self.name);
+                let name = &self.name;
+                self.errors.log(|n| log::error!("{name}: writes not durable ({n}): {error}"));
                 FAILED
             }
         }

@@ -137,8 +137,12 @@ fn a_turn_ends_after_so_many_flushes_that_a_stop_need_not_wait_long() {
     let mut queues = Queues::new(vec![queue]);
     let image = file(BLOCK);
     let pmem = Pmem::file(image.path()).unwrap();
-    let mut worker =
-        PmemWorker { name: "pmem".into(), memory: pmem.memory.clone(), chain: Chain::new() };
+    let mut worker = PmemWorker {
+        name: "pmem".into(),
+        memory: pmem.memory.clone(),
+        chain: Chain::new(),
+        errors: Arc::default(),
+    };
     for _ in 0..6 {
         ring.add(&[(0x8000, 4)], &[(0x9000, 4)]);
     }
