@@ -49,6 +49,8 @@ mod register {
     pub const QUEUE_DEVICE_HIGH: u64 = 0x0A4;
     pub const SHM_LEN_LOW: u64 = 0x0B0;
     pub const SHM_LEN_HIGH: u64 = 0x0B4;
+    pub const SHM_BASE_LOW: u64 = 0x0B8;
+    pub const SHM_BASE_HIGH: u64 = 0x0BC;
     pub const CONFIG_GENERATION: u64 = 0x0FC;
 }
 
@@ -229,8 +231,11 @@ impl MmioDevice {
             register::INTERRUPT_STATUS => self.interrupt.pending(),
             register::STATUS => core.status().into(),
             register::CONFIG_GENERATION => core.generation(),
-            // No shared memory region has this length (§4.2.2).
-            register::SHM_LEN_LOW | register::SHM_LEN_HIGH => u32::MAX,
+            // A shared memory region that does not exist has this length and place (§4.2.2).
+            register::SHM_LEN_LOW
+            | register::SHM_LEN_HIGH
+            | register::SHM_BASE_LOW
+            | register::SHM_BASE_HIGH => u32::MAX,
             _ => 0,
         }
     }
