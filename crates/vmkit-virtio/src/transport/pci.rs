@@ -163,7 +163,8 @@ impl PciFunctionBuilder for Pci {
                 revision: 1,
                 class: class(kind),
                 subsystem_vendor: 0x1AF4,
-                subsystem: 0x40 + kind.id() as u16,
+                // What QEMU's have: drivers for Windows look for all of it.
+                subsystem: 0x1100,
             },
             bars: [Some(BAR_LEN), Some(MSIX_LEN), None, None, None, None],
             capabilities: vec![

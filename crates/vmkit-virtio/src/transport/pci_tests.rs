@@ -46,6 +46,7 @@ fn enable_vectors(rig: &PciRig) {
 fn a_modern_device_is_found_with_its_structures() {
     let rig = rig();
     assert_eq!((rig.config_space(0), rig.config_space(8)), (0x1044_1AF4, 0xFF00_0001));
+    assert_eq!(rig.config_space(0x2C), 0x1100_1AF4);
     let kinds = (0..5).map(|n| {
         let at = capability(&rig, 9, n);
         (rig.config_space(at) >> 24, rig.config_space(at + 8), rig.config_space(at + 12))
