@@ -206,6 +206,21 @@ fn named_ports_are_announced_opened_and_carry_data() {
 }
 
 #[test]
+fn a_name_longer_than_the_drivers_buffer_is_cut_off() {
+    let mut console = Console::new(std::io::sink()).unwrap();
+    console.port("org.example.agent", std::io::sink()).unwrap();
+    let rig = Rig::new(Mmio::new(console).work(WorkModel::Inline));
+    let mut rings = rig.activate(feature::MULTIPORT, 16);
+    rings[2].add(&[], &[(FREE, 12)]);
+    rig.write(FREE + 0x8000, &control(1, 3, 1));
+    rings[3].add(&[(FREE + 0x8000, 8)], &[]);
+    rig.notify(3);
+    rig.notify(2);
+    assert_eq!((rings[2].used(), rig.is_broken()), (Some((0, 12)), false));
+    assert_eq!(rig.bytes(FREE, 13), [control(1, 7, 1), b"org.\0".to_vec()].concat());
+}
+
+#[test]
 fn a_driver_with_several_ports_is_told_the_size_and_its_changes() {
     let mut console = Console::new(std::io::sink()).unwrap().size(132, 43);
     console.port("agent", std::io::sink()).unwrap();

@@ -161,7 +161,9 @@ impl ControlWorker {
                 writer.write_all(&id.to_le_bytes())?;
                 writer.write_all(&event.to_le_bytes())?;
                 writer.write_all(&value.to_le_bytes())?;
-                writer.write_all(more)?;
+                // A name may be longer than a driver has room for.
+                let room = usize::try_from(writer.remaining()).unwrap_or(usize::MAX);
+                writer.write_all(more.get(..room).unwrap_or(more))?;
                 let written = writer.written();
                 queue.complete(self.chain.head(), written)?;
             }
