@@ -117,6 +117,10 @@ pub trait VirtioDevice: Send + Sync {
     /// The feature bits of its kind that it offers (bits 0 to 23 and 50 to 63). The transport adds
     /// its own.
     fn features(&self) -> u64;
+    /// True if a driver may accept just these of the offered features: some need others.
+    fn accepts(&self, _features: u64) -> bool {
+        true
+    }
     /// Most entries of each queue: powers of two, up to 32768; at most 64 queues.
     fn queues(&self) -> Vec<u16>;
     /// Files that the guest is to see as memory.

@@ -244,6 +244,13 @@ impl VirtioDevice for Net {
         feature::CSUM | feature::MAC | feature::STATUS | feature::MRG_RXBUF | mtu | offloads
     }
 
+    /// Segments have checksums (§5.1.3.1).
+    fn accepts(&self, features: u64) -> bool {
+        let needs = |some: u64, other: u64| features & some == 0 || features & other != 0;
+        needs(feature::GUEST_TSO4 | feature::GUEST_TSO6, feature::GUEST_CSUM)
+            && needs(feature::HOST_TSO4 | feature::HOST_TSO6, feature::CSUM)
+    }
+
     fn queues(&self) -> Vec<u16> {
         vec![QUEUE_SIZE; 2]
     }

@@ -250,6 +250,24 @@ fn a_large_frame_goes_whole_to_who_takes_it_and_in_segments_to_others() {
 }
 
 #[test]
+fn segments_are_not_agreed_on_without_checksums() {
+    use crate::testing::{ACKNOWLEDGE_DRIVER, FEATURES_OK, VERSION_1};
+    let (guest, host) = (feature::GUEST_CSUM, feature::CSUM);
+    for (features, good) in [
+        (feature::GUEST_TSO4, false),
+        (feature::GUEST_TSO6 | host, false),
+        (feature::HOST_TSO4 | guest, false),
+        (feature::HOST_TSO6, false),
+        (feature::GUEST_TSO4 | guest | feature::HOST_TSO6 | host, true),
+    ] {
+        let rig = Rig::new(Mmio::new(Net::switch(&Switch::new()).unwrap()));
+        rig.set_reg(0x70, ACKNOWLEDGE_DRIVER);
+        rig.accept(features | VERSION_1);
+        assert_eq!(rig.status() & FEATURES_OK != 0, good, "{features:#x}");
+    }
+}
+
+#[test]
 fn a_checksum_is_left_to_a_driver_that_agreed_to_finish_it() {
     let switch = Switch::new();
     let mut one = card(Net::switch(&switch).unwrap(), feature::CSUM);

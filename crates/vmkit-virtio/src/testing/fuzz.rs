@@ -316,7 +316,10 @@ fn run_mmio(device: impl VirtioDevice + 'static, scribbles: &Arc<Scribbles>, inp
 
 /// Sets the device up with rings at the same places every time, four pages for each queue.
 fn activate(rig: &Rig, features: u64) -> Vec<Ring> {
-    rig.negotiate(features);
+    rig.propose(features);
+    if rig.status() & FEATURES_OK == 0 {
+        rig.negotiate(0);
+    }
     let mut rings = Vec::new();
     for index in 0..8_u16 {
         rig.set_reg(0x30, index.into());

@@ -191,11 +191,17 @@ impl Rig {
 
     /// Resets the device and accepts of `wanted` what it offers.
     pub fn negotiate(&self, wanted: u64) -> u64 {
+        let features = self.propose(wanted);
+        assert_ne!(self.status() & FEATURES_OK, 0);
+        features
+    }
+
+    /// The same, though the device may refuse features that need others.
+    pub fn propose(&self, wanted: u64) -> u64 {
         self.set_reg(0x70, 0);
         self.set_reg(0x70, ACKNOWLEDGE_DRIVER);
         let features = self.device_features() & (wanted | VERSION_1);
         self.accept(features);
-        assert_ne!(self.status() & FEATURES_OK, 0);
         features
     }
 

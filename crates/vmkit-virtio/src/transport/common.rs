@@ -221,7 +221,8 @@ impl Core {
         let mut new = value & DRIVER_BITS & !before;
         if new & status::FEATURES_OK != 0 {
             let features = control.registers.driver_features;
-            if features & !self.offered() != 0 || features & VERSION_1 == 0 {
+            let offered = features & !self.offered() == 0 && features & VERSION_1 != 0;
+            if !offered || !self.device.accepts(features) {
                 // The driver reads the bit back to see that it was refused (§3.1.1).
                 new &= !status::FEATURES_OK;
             }
