@@ -9,6 +9,10 @@ const NEEDS_CSUM: u8 = 1;
 /// Bytes of an Ethernet header, and of a VLAN tag in it.
 const ETHERNET: usize = 14;
 const TAG: usize = 4;
+/// What tells of a tag (IEEE 802.1Q, and 802.1ad for the outer one of two).
+const TAGS: [[u8; 2]; 2] = [[0x81, 0x00], [0x88, 0xA8]];
+/// Least bytes of payload of a segment, Linux's least MSS: a frame of 64 KiB must not become as many.
+const LEAST_SEGMENT: u16 = 48;
 /// Bytes of the shortest IPv4, of an IPv6 and of the shortest TCP header.
 const IPV4: usize = 20;
 const IPV6: usize = 40;
@@ -90,6 +94,15 @@ impl Offload {
     }
 }
 
+/// Bytes of the Ethernet header of `frame`, with its tags; none if it ends before.
+pub(super) fn ethernet(frame: &[u8]) -> Option<usize> {
+    let mut end = ETHERNET;
+    while TAGS.iter().any(|tag| frame.get(end - 2..end) == Some(tag)) {
+        end += TAG;
+    }
+    (end <= frame.len()).then_some(end)
+}
+
 /// A frame that is to be cut, taken apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Cutter {
@@ -110,10 +123,7 @@ impl Cutter {
         // TCP's checksum is at 16 of its header, nowhere else.
         let (tcp, 16) = offload.checksum? else { return None };
         let tcp = usize::from(tcp);
-        let mut ip = ETHERNET;
-        while frame.get(ip - 2..ip)? == [0x81, 0x00] {
-            ip += TAG;
-        }
+        let ip = ethernet(frame)?;
         let v6 = offload.segmentation == Segmentation::Tcp6;
         let kind: &[u8] = if v6 { &[0x86, 0xDD] } else { &[0x08, 0x00] };
         let (header, protocol) = if v6 {
@@ -128,7 +138,7 @@ impl Cutter {
             && protocol == PROTOCOL_TCP
             && payload >= tcp + TCP
             && payload < frame.len()
-            && offload.segment > 0
+            && offload.segment >= LEAST_SEGMENT
             && offload.segmentation != Segmentation::None;
         let segment = usize::from(offload.segment);
         let len = frame.len();
@@ -281,6 +291,7 @@ mod tests {
     fn frames_that_are_not_what_they_say_are_refused() {
         let (good, offload) = frame(false, false, 2000);
         assert!(Cutter::new(&good, &offload).is_some());
+        assert!(Cutter::new(&good, &Offload { segment: 48, ..offload }).is_some());
         for cut in 0..good.len() - 1999 {
             assert!(Cutter::new(&good[..cut], &offload).is_none(), "{cut}");
         }
@@ -291,6 +302,7 @@ mod tests {
             Offload { checksum: Some((34, 0xFFFF)), ..offload },
             Offload { checksum: Some((34, 6)), ..offload },
             Offload { segment: 0, ..offload },
+            Offload { segment: 47, ..offload },
             Offload { segmentation: Segmentation::Tcp6, ..offload },
             Offload { segmentation: Segmentation::None, ..offload },
         ] {
@@ -301,7 +313,12 @@ mod tests {
             bad[at] = 0;
             assert!(Cutter::new(&bad, &offload).is_none(), "{at}");
         }
-        // Tags without end.
+        // Tags of both kinds, and without end.
+        let (mut outer, offload) = frame(true, true, 2000);
+        outer.splice(12..12, [0x88, 0xA8, 0, 7]);
+        let start = offload.checksum.map(|(start, at)| (start + 4, at));
+        assert!(Cutter::new(&outer, &Offload { checksum: start, ..offload }).is_some());
+        assert!(Cutter::new(&[0x88, 0xA8].repeat(20), &offload).is_none());
         assert!(Cutter::new(&[0x81, 0x00].repeat(20), &offload).is_none());
     }
 
