@@ -283,7 +283,8 @@ impl VirtioDevice for Net {
         self.backend.lock().unwrap_or_else(PoisonError::into_inner).agreed(takes);
         let limits = Limits { sent: limiter(&self.sends)?, received: limiter(&self.receives)? };
         let (features, counters) = (activation.features, self.counters.clone());
-        let worker = NetWorker::new(self.backend.clone(), features, counters, limits);
+        let mtu = self.mtu.filter(|_| activation.has(feature::MTU));
+        let worker = NetWorker::new(self.backend.clone(), features, mtu, counters, limits);
         Ok(vec![LaneSpec { queues: vec![RX, TX], worker: Box::new(worker) }])
     }
 

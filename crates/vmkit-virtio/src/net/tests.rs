@@ -250,6 +250,41 @@ fn a_large_frame_goes_whole_to_who_takes_it_and_in_segments_to_others() {
 }
 
 #[test]
+fn who_was_told_of_an_mtu_gets_no_longer_packets() {
+    let switch = Switch::new();
+    let mut one = card(Net::switch(&switch).unwrap(), feature::CSUM | feature::HOST_TSO4);
+    let tagged = |len| {
+        let mut frame = frame(2, 1, len);
+        frame[12..16].copy_from_slice(&[0x81, 0, 0, 5]);
+        frame
+    };
+    for (features, told, dropped) in [(feature::MTU, true, 3), (0, false, 0)] {
+        let net = Net::switch(&switch).unwrap().mtu(1000);
+        let counters = net.counters();
+        let mut two = card(net, features);
+        lend(&mut two, 8, 12 + 4000);
+        let (header, large) = large(1460);
+        send(&mut one, [0; 12], &frame(2, 1, 1015));
+        send(&mut one, [0; 12], &tagged(1019));
+        send(&mut one, header, &large);
+        send(&mut one, [0; 12], &frame(2, 1, 1014));
+        send(&mut one, [0; 12], &tagged(1018));
+        let got: Vec<u32> =
+            (0..if told { 2 } else { 6 }).map(|_| two.1[0].wait_used().1 - 12).collect();
+        assert_eq!(got[got.len() - 2..], [1014, 1018]);
+        assert_eq!(counters.dropped(), dropped);
+    }
+    let mut whole = card(
+        Net::switch(&switch).unwrap().mtu(1000),
+        feature::MTU | feature::GUEST_CSUM | feature::GUEST_TSO4,
+    );
+    lend(&mut whole, 1, 12 + 4000);
+    let (header, large) = large(946);
+    send(&mut one, header, &large);
+    assert_eq!(whole.1[0].wait_used().1, 12 + large.len() as u32);
+}
+
+#[test]
 fn segments_are_not_agreed_on_without_checksums() {
     use crate::testing::{ACKNOWLEDGE_DRIVER, FEATURES_OK, VERSION_1};
     let (guest, host) = (feature::GUEST_CSUM, feature::CSUM);

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::backend::{MAX_FRAME, MIN_FRAME, NetBackend};
-use super::offload::{Cutter, Offload, Segmentation, WIRE};
+use super::offload::{Cutter, Offload, Segmentation, WIRE, ethernet};
 use super::{RX, TX, checksum, feature};
 use crate::fault::Rarely;
 use crate::limit::Limiter;
@@ -65,6 +65,8 @@ const RECEIVED_LIMIT: u32 = u32::MAX - 1;
 pub(super) struct NetWorker {
     backend: Arc<Mutex<Box<dyn NetBackend>>>,
     features: u64,
+    /// Bytes of the longest packet, if the driver was told.
+    mtu: Option<u16>,
     counters: NetCounters,
     chain: Chain,
     /// The frame on its way out.
@@ -101,12 +103,14 @@ impl NetWorker {
     pub(super) fn new(
         backend: Arc<Mutex<Box<dyn NetBackend>>>,
         features: u64,
+        mtu: Option<u16>,
         counters: NetCounters,
         limits: Limits,
     ) -> Self {
         Self {
             backend,
             features,
+            mtu,
             counters,
             chain: Chain::new(),
             outgoing: vec![0; MAX_FRAME].into(),
@@ -209,15 +213,6 @@ impl NetWorker {
         }
     }
 
-    /// True if the driver takes frames that are to be cut this way.
-    fn takes(&self, segmentation: Segmentation) -> bool {
-        match segmentation {
-            Segmentation::None => true,
-            Segmentation::Tcp4 => self.features & feature::GUEST_TSO4 != 0,
-            Segmentation::Tcp6 => self.features & feature::GUEST_TSO6 != 0,
-        }
-    }
-
     fn receive(&mut self, queue: &mut VirtQueue) -> Result<Progress, Fault> {
         let backend = self.backend.clone();
         let mut backend = backend.lock().unwrap_or_else(PoisonError::into_inner);
@@ -276,7 +271,18 @@ impl NetWorker {
         };
         let cuts = offload.segmentation != Segmentation::None;
         let cutter = if cuts { Cutter::new(frame, &offload) } else { None };
-        if len < MIN_FRAME || !offload.fits(len) || cuts && cutter.is_none() {
+        let possible = len >= MIN_FRAME && offload.fits(len) && (!cuts || cutter.is_some());
+        // A driver that was told of an MTU may have no room for more (§5.1.4.1), but for what it cuts or
+        // joins itself.
+        let longest = match cutter {
+            Some(_) if takes(self.features, offload.segmentation) => 0,
+            Some(cutter) => usize::from(cutter.headers()) + usize::from(offload.segment),
+            None => len,
+        };
+        let too_long = self
+            .mtu
+            .is_some_and(|mtu| longest.min(len) > ethernet(frame).unwrap_or(0) + usize::from(mtu));
+        if !possible || too_long {
             return count(&self.counters.inner.dropped);
         }
         if let (true, Some((start, offset))) = (!cuts, offload.checksum)
@@ -287,7 +293,7 @@ impl NetWorker {
         }
         let headers = cutter.map_or(0, |cutter| cutter.headers());
         self.held = match cutter {
-            Some(cutter) if !self.takes(offload.segmentation) => self.cut(len, cutter),
+            Some(cutter) if !takes(self.features, offload.segmentation) => self.cut(len, cutter),
             _ => {
                 put_header(&mut self.incoming, &offload.to_bytes(headers));
                 Held::Frame(HEADER + len)
@@ -304,6 +310,15 @@ impl NetWorker {
             Some(segment) => Held::Segments(len, cutter, HEADER + segment),
             None => Held::Nothing,
         }
+    }
+}
+
+/// True if a driver with these features takes frames that are to be cut this way.
+fn takes(features: u64, segmentation: Segmentation) -> bool {
+    match segmentation {
+        Segmentation::None => true,
+        Segmentation::Tcp4 => features & feature::GUEST_TSO4 != 0,
+        Segmentation::Tcp6 => features & feature::GUEST_TSO6 != 0,
     }
 }
 
