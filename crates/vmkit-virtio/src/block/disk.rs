@@ -6,7 +6,7 @@ use std::os::fd::AsFd;
 use std::sync::{PoisonError, RwLock};
 
 use rustix::fs::{FallocateFlags, fallocate};
-use rustix::io::retry_on_intr;
+use rustix::io::{Errno, retry_on_intr};
 use vmkit_memory::GuestBuffers;
 
 use crate::lock::FileLock;
@@ -126,7 +126,7 @@ impl Disk for FileDisk {
         let mode = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         match retry_on_intr(|| fallocate(&self.file, mode, offset, len)) {
             // A discard is a hint; a file system that has no holes keeps the bytes.
-            Err(rustix::io::Errno::OPNOTSUPP) => Ok(()),
+            Err(error) if cannot(error) => Ok(()),
             other => Ok(other?),
         }
     }
@@ -136,12 +136,18 @@ impl Disk for FileDisk {
         let zero = FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE;
         for mode in if may_unmap { [hole, zero] } else { [zero, zero] } {
             match retry_on_intr(|| fallocate(&self.file, mode, offset, len)) {
-                Err(rustix::io::Errno::OPNOTSUPP) => {}
+                Err(error) if cannot(error) => {}
                 other => return Ok(other?),
             }
         }
         self.write_zero_bytes(offset, len)
     }
+}
+
+/// True if the host cannot do that to a range, and another way must do: a block device of larger blocks
+/// answers so for parts of one.
+fn cannot(error: Errno) -> bool {
+    matches!(error, Errno::OPNOTSUPP | Errno::INVAL)
 }
 
 /// A disk in memory.

@@ -22,7 +22,7 @@ use vmkit_device::{DeviceError, Saved, Section, SectionFormat};
 use vmkit_memory::{FileRing, GuestRam};
 
 use self::disk::{FileDisk, MemoryDisk};
-use self::request::{BlockWorker, RequestTarget};
+use self::request::{BlockWorker, MOST_BYTES, RequestTarget};
 use self::uring::RingWorker;
 use crate::limit::{Budget, Limiter, RateLimit};
 use crate::lock::FileLock;
@@ -39,6 +39,8 @@ pub(crate) const SECTOR: u64 = 512;
 const SERIAL_LEN: usize = 20;
 /// Entries of a queue, unless the embedder says otherwise.
 const QUEUE_SIZE: u16 = 256;
+/// Most bytes of a segment of a request.
+const MOST_SEGMENT: u32 = 1 << 20;
 /// Most sectors of one range to discard: 1 GiB.
 pub(crate) const MOST_SECTORS: u32 = 1 << 21;
 /// Most sectors of one range to zero: 16 MiB, which may have to be written.
@@ -50,6 +52,7 @@ const FORMAT: SectionFormat = SectionFormat { kind: "virtio-block", version: 1 }
 
 /// Feature bits (§5.2.3).
 pub(crate) mod feature {
+    pub const SIZE_MAX: u64 = 1 << 1;
     pub const SEG_MAX: u64 = 1 << 2;
     pub const RO: u64 = 1 << 5;
     pub const BLK_SIZE: u64 = 1 << 6;
@@ -310,7 +313,9 @@ impl Block {
         };
         put(0, &(self.disk.bytes() / SECTOR).to_le_bytes());
         // One for the header and one for the status.
-        put(12, &(u32::from(self.queue_size) - 2).to_le_bytes());
+        let segments = u32::from(self.queue_size) - 2;
+        put(8, &segment_bytes(segments).to_le_bytes());
+        put(12, &segments.to_le_bytes());
         put(20, &(SECTOR as u32).to_le_bytes());
         // Blocks of 2^3 sectors are what page caches and file systems like.
         put(24, &[3]);
@@ -326,6 +331,13 @@ impl Block {
     }
 }
 
+/// Most bytes of each of a request's `segments`: no more than the request may have, in whole pages.
+fn segment_bytes(segments: u32) -> u32 {
+    const PAGE: u32 = 4096;
+    let most = (MOST_BYTES / u64::from(segments.max(1))).min(MOST_SEGMENT.into()) as u32;
+    (most / PAGE * PAGE).max(PAGE)
+}
+
 impl VirtioDevice for Block {
     fn name(&self) -> &str {
         &self.name
@@ -336,7 +348,11 @@ impl VirtioDevice for Block {
     }
 
     fn features(&self) -> u64 {
-        let always = feature::SEG_MAX | feature::BLK_SIZE | feature::TOPOLOGY | feature::FLUSH;
+        let always = feature::SIZE_MAX
+            | feature::SEG_MAX
+            | feature::BLK_SIZE
+            | feature::TOPOLOGY
+            | feature::FLUSH;
         let several = if self.queues > 1 { feature::MQ } else { 0 };
         let writes = match (self.read_only, self.disk.can_discard()) {
             (true, _) => feature::RO,

@@ -37,7 +37,7 @@ const UNMAP: u32 = 1;
 /// Bytes of a discard or write-zeroes range.
 const RANGE_LEN: u64 = 16;
 /// Most bytes of one request, so that no request keeps the worker for long.
-const MOST_BYTES: u64 = 256 << 20;
+pub(super) const MOST_BYTES: u64 = 256 << 20;
 /// Bytes whose reading or writing takes about as long as to make a disk's writes durable.
 const FLUSH_BYTES: u64 = 4 << 20;
 
@@ -330,6 +330,10 @@ impl RequestTarget {
             if status != Status::Ok {
                 return Ok(status);
             }
+        }
+        if wanted == feature::WRITE_ZEROES && self.writes_are_durable() {
+            work.taken += FLUSH_BYTES;
+            return Ok(self.done(self.disk.flush()));
         }
         Ok(Status::Ok)
     }

@@ -422,6 +422,63 @@ impl Disk for Hollow {
 }
 
 #[test]
+fn zeroes_are_durable_for_a_driver_that_cannot_flush() {
+    #[derive(Default)]
+    struct Flushes(Arc<std::sync::atomic::AtomicU32>);
+    impl Disk for Flushes {
+        fn bytes(&self) -> u64 {
+            1 << 20
+        }
+        fn read(&self, _: u64, _: &mut GuestBuffers<'_>) -> std::io::Result<()> {
+            Ok(())
+        }
+        fn write(&self, _: u64, _: &mut GuestBuffers<'_>) -> std::io::Result<()> {
+            Ok(())
+        }
+        fn flush(&self) -> std::io::Result<()> {
+            self.0.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        }
+        fn write_zeroes(&self, _: u64, _: u64, _: bool) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    for (features, flushes) in [(ALL, 0), (ALL & !feature::FLUSH, 1)] {
+        let disk = Flushes::default();
+        let count = disk.0.clone();
+        let rig = Rig::new(Mmio::new(Block::disk(disk).unwrap()).work(WorkModel::Inline));
+        let ring = rig.activate(features, 16).remove(0);
+        let mut disk = (rig, ring);
+        let range = [&[0; 8][..], &[1, 0, 0, 0], &[0; 4]].concat();
+        disk.0.write(DATA, &[range.clone(), range].concat());
+        assert_eq!(request(&mut disk, 13, 0, &[(DATA, 32)], &[]), (0, 1));
+        assert_eq!(count.load(Ordering::SeqCst), flushes);
+    }
+}
+
+#[test]
+#[cfg_attr(miri, ignore = "files")]
+fn what_the_host_cannot_do_to_a_range_is_done_otherwise() {
+    let disk = super::disk::FileDisk::new(disk_file(8), None).unwrap();
+    // Empty ranges get the answer that parts of a block get from a block device.
+    disk.discard(0, 0).unwrap();
+    disk.write_zeroes(0, 0, true).unwrap();
+    disk.write_zeroes(0, 0, false).unwrap();
+}
+
+#[test]
+fn a_driver_that_keeps_to_what_it_was_told_makes_no_request_that_is_too_large() {
+    for entries in [4, 64, 256, 1024, 1 << 15] {
+        let block = Block::memory(vec![0; 512]).unwrap().queue_size(entries);
+        assert_ne!(VirtioDevice::features(&block) & feature::SIZE_MAX, 0);
+        let config = block.config();
+        let word = |at: usize| u64::from(u32::from_le_bytes(*config[at..].first_chunk().unwrap()));
+        assert!(word(8) >= 4096 && word(8) * word(12) <= MOST_BYTES, "{entries}");
+        assert!(entries > 256 || word(8) == 1 << 20);
+    }
+}
+
+#[test]
 fn bytes_that_are_zeroed_without_a_buffer_count_to_a_limit() {
     let limit = RateLimit::new().bytes(1 << 20).burst(Duration::ZERO);
     let block = Block::disk(Hollow).unwrap().limit(limit);
@@ -480,6 +537,7 @@ fn a_turn_ends_after_so_much_work_that_a_stop_need_not_wait_long() {
         (4, 0, features, 4),
         (11, 32, features, 1),
         (13, 32, features, 1),
+        (13, 32, features & !feature::FLUSH, 1),
     ] {
         let (queue, mut ring) = lone_queue(&ram, 0, 64);
         put(0x1000, &[0; 0x3000]);
