@@ -81,6 +81,8 @@ struct Shared {
     /// Bytes that went back to the host.
     given: AtomicU64,
     change: Mutex<Option<ConfigChange>>,
+    /// A round has ended because the machine was loaded, and its driver does not know.
+    ended: AtomicBool,
     /// Held while a hinted page is given back, and while a round ends: none is given back after
     /// (§5.5.6.6.2).
     giving: Mutex<()>,
@@ -96,6 +98,13 @@ struct BalloonState {
 }
 
 impl Shared {
+    /// Tells the driver of the end of a round that a loaded machine was in.
+    fn announce_end(&self) {
+        if self.ended.load(Ordering::Relaxed) && self.ended.swap(false, Ordering::AcqRel) {
+            self.announce();
+        }
+    }
+
     fn giving(&self) -> MutexGuard<'_, ()> {
         self.giving.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -186,7 +195,8 @@ impl BalloonHandle {
     }
 
     /// Asks the guest to tell which pages are free; they go back to the host as they are told. Without
-    /// [`Balloon::hints`], and with a guest that does not know them, nothing happens.
+    /// [`Balloon::hints`], and with a guest that does not know them, nothing happens. When a machine is
+    /// loaded, a round that it was in has ended.
     pub fn ask_for_hints(&self) {
         let round = self.shared.round.load(Ordering::Acquire);
         let round = round.checked_add(1).unwrap_or(HINT_FIRST).max(HINT_FIRST);
@@ -262,6 +272,7 @@ impl VirtioDevice for Balloon {
         // A new driver starts with an empty balloon; what the embedder wants, it still wants.
         shared.actual.store(0, Ordering::Release);
         shared.hint.store(HINT_STOP, Ordering::Release);
+        shared.ended.store(false, Ordering::Release);
     }
 
     fn save(&self) -> Saved {
@@ -279,7 +290,11 @@ impl VirtioDevice for Balloon {
         let shared = &self.shared;
         shared.target.store(state.target, Ordering::Release);
         shared.actual.store(state.actual, Ordering::Release);
-        shared.hint.store(state.hint, Ordering::Release);
+        // Which pages of a round have been told is not saved: the driver has them back.
+        let within = state.hint >= HINT_FIRST;
+        shared.hint.store(if within { HINT_DONE } else { state.hint }, Ordering::Release);
+        shared.hinted.store(false, Ordering::Release);
+        shared.ended.store(within, Ordering::Release);
         shared.round.store(state.round, Ordering::Release);
         Ok(())
     }

@@ -126,6 +126,48 @@ fn a_hinted_page_that_the_guest_uses_again_keeps_what_it_wrote() {
 }
 
 #[test]
+fn hints_of_an_earlier_round_neither_give_pages_nor_end_the_next() {
+    let (rig, mut rings, handle) = with(Balloon::new().hints(), feature::FREE_PAGE_HINT);
+    let mut tell = |said: Option<u32>| {
+        rig.write(FREE, &said.unwrap_or(0).to_le_bytes());
+        match said {
+            Some(_) => rings[2].add(&[(FREE, 4)], &[]),
+            None => rings[2].add(&[], &[(SPARE, PAGE as u32)]),
+        };
+        rig.notify(2);
+        assert!(rings[2].used().is_some());
+    };
+    fill(&rig, 1);
+    handle.ask_for_hints();
+    tell(Some(2));
+    handle.ask_for_hints();
+    tell(None);
+    assert_eq!(kept(&rig, 1), [0]);
+    tell(Some(0));
+    assert!(!handle.hinted());
+    tell(Some(3));
+    tell(None);
+    assert!(kept(&rig, 1).is_empty());
+    tell(Some(0));
+    assert!(handle.hinted());
+}
+
+#[test]
+fn a_round_ends_when_the_machine_is_loaded_and_the_driver_is_told() {
+    let (rig, _rings, handle) = with(Balloon::new().hints(), feature::FREE_PAGE_HINT);
+    handle.ask_for_hints();
+    rig.device.pause();
+    let sections = rig.sections();
+    rig.set_reg(0x64, 3);
+    rig.device.load(&sections).unwrap();
+    rig.set_reg(0x64, 3);
+    assert_eq!(rig.config::<4>(8), [1, 0, 0, 0]);
+    let before = rig.reg(0xFC);
+    rig.device.start().unwrap();
+    assert_eq!((rig.reg(0x60), rig.reg(0xFC) != before, handle.hinted()), (2, true, false));
+}
+
+#[test]
 fn no_hinted_page_is_given_back_after_the_end_of_its_round() {
     let (rig, mut rings, handle) = with(Balloon::new().hints(), feature::FREE_PAGE_HINT);
     handle.ask_for_hints();

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use vmkit_memory::{GuestAddress, discard};
 
-use super::{PAGE, Shared};
+use super::{HINT_FIRST, HINT_STOP, PAGE, Shared};
 use crate::fault::Rarely;
 use crate::queue::TURN_BYTES;
 use crate::{Chain, Fault, Progress, Queues, Segment, VirtQueue, Worker};
@@ -22,8 +22,8 @@ pub(super) struct BalloonWorker {
     reports: Option<u16>,
     chain: Chain,
     errors: Rarely,
-    /// The driver is telling the free pages of the round that is wanted.
-    telling: bool,
+    /// The round whose free pages the driver is telling, or [`HINT_STOP`].
+    telling: u32,
 }
 
 impl BalloonWorker {
@@ -34,7 +34,7 @@ impl BalloonWorker {
         reports: Option<u16>,
     ) -> Self {
         let errors = Rarely::default();
-        Self { name, shared, hints, reports, chain: Chain::new(), errors, telling: false }
+        Self { name, shared, hints, reports, chain: Chain::new(), errors, telling: HINT_STOP }
     }
 
     fn give(&self, queue: &VirtQueue, at: u64, len: u64) {
@@ -93,13 +93,14 @@ impl BalloonWorker {
         let wanted = self.shared.hint.load(Ordering::Acquire);
         if !self.chain.readable().is_empty() {
             let said = u32::from_le_bytes(self.chain.reader(queue.memory()).read_array()?);
-            if said == super::HINT_STOP && self.telling {
+            // The end of a round that is wanted no more says nothing of the one that is.
+            if said == HINT_STOP && self.telling >= HINT_FIRST && self.telling == wanted {
                 self.shared.hinted.store(true, Ordering::Release);
             }
-            self.telling = said == wanted && said >= super::HINT_FIRST;
+            self.telling = if said == wanted { said } else { HINT_STOP };
         }
         let mut bytes = 0;
-        if self.telling && wanted >= super::HINT_FIRST {
+        if self.telling >= HINT_FIRST && self.telling == wanted {
             for buffer in self.chain.writable().chunks(1) {
                 let giving = self.shared.giving();
                 if self.shared.hint.load(Ordering::Acquire) != wanted {
@@ -115,6 +116,7 @@ impl BalloonWorker {
 
 impl Worker for BalloonWorker {
     fn process(&mut self, queues: &mut Queues, index: u16) -> Result<Progress, Fault> {
+        self.shared.announce_end();
         let Some(queue) = queues.get(index) else { return Ok(Progress::Waiting) };
         let mut work = 0;
         for _ in 0..queue.size() {
