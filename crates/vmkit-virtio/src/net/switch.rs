@@ -3,11 +3,12 @@
 //!
 //! It learns which addresses are behind which port, and floods what it does not know. Nothing grows
 //! with what guests send: the table of addresses and each port's queue are bounded, and a full queue
-//! drops frames, as a real one does.
+//! drops frames, as a real one does. It believes what addresses a port sends from, unless the port was
+//! [given one](Switch::plug_as).
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use super::offload::WIRE;
@@ -26,6 +27,11 @@ const HEAD: usize = 4 + WIRE;
 type Address = [u8; 6];
 
 /// A switch. Clones are the same switch.
+///
+/// Cards on it trust each other as those on a real one without port security do: who sends from a
+/// neighbour's address is sent what is for the neighbour, an address stays known until its port is
+/// unplugged, and when 1024 are known the frames to all others go to every port. Between guests that do
+/// not trust each other give each port its address ([`plug_as`](Self::plug_as)).
 #[derive(Clone, Default)]
 pub struct Switch {
     inner: Arc<Inner>,
@@ -41,12 +47,24 @@ struct Inner {
 struct State {
     next: u64,
     ports: Vec<Arc<Socket>>,
-    table: HashMap<Address, u64>,
+    table: HashMap<Address, Place>,
+}
+
+/// Where an address is.
+#[derive(Clone, Copy)]
+struct Place {
+    port: u64,
+    /// It was given to the port, and stays there.
+    given: bool,
 }
 
 /// Where frames for one card wait.
 struct Socket {
     id: u64,
+    /// The only address it sends from, if it was given one.
+    address: Option<Address>,
+    /// Addresses in the table that are behind it.
+    addresses: AtomicUsize,
     inbox: Mutex<VecDeque<u8>>,
     wake: Wake,
 }
@@ -79,15 +97,71 @@ impl Switch {
     /// # Errors
     /// What the host said.
     pub fn plug(&self) -> io::Result<impl NetBackend + use<>> {
+        self.plug_in(None)
+    }
+
+    /// A new port for the card with address `mac`, and nobody else: it may send from that address only,
+    /// no other port can have it, and what is for an address that the switch does not know does not come
+    /// here. (A machine that is loaded has the card's address from when it was saved.)
+    ///
+    /// ```
+    /// use vmkit_virtio::{Net, Switch};
+    ///
+    /// let (switch, mac) = (Switch::new(), [2, 0, 0, 0, 0, 1]);
+    /// let card = Net::new(switch.plug_as(mac)?).mac(mac);
+    /// # Ok::<(), std::io::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// `InvalidInput` if `mac` is a group's, `AddrInUse` if it was given to another port, or what the host
+    /// said.
+    pub fn plug_as(&self, mac: [u8; 6]) -> io::Result<impl NetBackend + use<>> {
+        if is_group(mac) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        self.plug_in(Some(mac))
+    }
+
+    fn plug_in(&self, address: Option<Address>) -> io::Result<SwitchPort> {
         let mut state = self.inner.write();
+        if address.is_some_and(|mac| state.table.get(&mac).is_some_and(|place| place.given)) {
+            return Err(io::ErrorKind::AddrInUse.into());
+        }
         let socket = Arc::new(Socket {
             id: state.next,
+            address,
+            addresses: AtomicUsize::new(0),
             inbox: Mutex::new(VecDeque::with_capacity(INBOX)),
             wake: Wake::new()?,
         });
         state.next += 1;
         state.ports.push(socket.clone());
+        if let Some(mac) = address {
+            // There is room for it: as many as the embedder plugs in.
+            state.put(mac, &socket, true);
+        }
         Ok(SwitchPort { switch: self.inner.clone(), socket, touched: Vec::new() })
+    }
+}
+
+impl State {
+    /// True if `address` is not yet known to be behind `port`, and there is room to remember it.
+    fn would_learn(&self, address: Address, port: &Socket) -> bool {
+        let room = port.addresses.load(Ordering::Relaxed) < MOST_PER_PORT;
+        match self.table.get(&address) {
+            // It has moved.
+            Some(place) => room && !place.given && place.port != port.id,
+            None => room && self.table.len() < MOST_ADDRESSES,
+        }
+    }
+
+    fn put(&mut self, address: Address, port: &Socket, given: bool) {
+        let before = self.table.insert(address, Place { port: port.id, given });
+        port.addresses.fetch_add(1, Ordering::Relaxed);
+        let from = before.and_then(|place| self.ports.iter().find(|port| port.id == place.port));
+        if let Some(from) = from {
+            from.addresses.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 
@@ -100,18 +174,11 @@ impl Inner {
         self.state.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Remembers that `address` is behind `port`, if there is room for it.
-    fn learn(&self, address: Address, port: u64) {
+    /// Remembers that `address` is behind `port`, if there is still room for it.
+    fn learn(&self, address: Address, port: &Socket) {
         let mut state = self.write();
-        let of_port = state.table.values().filter(|p| **p == port).count();
-        let room = state.table.len() < MOST_ADDRESSES && of_port < MOST_PER_PORT;
-        match state.table.get_mut(&address) {
-            // It has moved.
-            Some(known) => *known = port,
-            None if room => {
-                state.table.insert(address, port);
-            }
-            None => {}
+        if state.would_learn(address, port) {
+            state.put(address, port, false);
         }
     }
 
@@ -164,18 +231,30 @@ impl NetBackend for SwitchPort {
             return Err(io::ErrorKind::InvalidInput.into());
         };
         let (to, from) = ([d0, d1, d2, d3, d4, d5], [s0, s1, s2, s3, s4, s5]);
+        if self.socket.address.is_some_and(|given| given != from) {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
         let (mine, switch) = (self.socket.id, self.switch.clone());
         let state = switch.read();
-        let known = state.table.get(&from) == Some(&mine);
-        let place = state.table.get(&to).copied().filter(|_| !is_group(to));
+        // Another port's own address.
+        if state.table.get(&from).is_some_and(|place| place.given && place.port != mine) {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
+        let place = state.table.get(&to).filter(|_| !is_group(to)).map(|place| place.port);
         for port in state.ports.iter().filter(|port| port.id != mine) {
-            if place.is_none_or(|place| place == port.id) {
+            let wanted = match place {
+                Some(place) => place == port.id,
+                None => is_group(to) || port.address.is_none(),
+            };
+            if wanted {
                 self.deliver(port, frame, offload);
             }
         }
+        // Only who has something to tell waits for the others.
+        let learns = !is_group(from) && state.would_learn(from, &self.socket);
         drop(state);
-        if !known && !is_group(from) {
-            switch.learn(from, mine);
+        if learns {
+            switch.learn(from, &self.socket);
         }
         Ok(())
     }
@@ -205,7 +284,7 @@ impl Drop for SwitchPort {
     fn drop(&mut self) {
         let mut state = self.switch.write();
         state.ports.retain(|port| port.id != self.socket.id);
-        state.table.retain(|_, port| *port != self.socket.id);
+        state.table.retain(|_, place| place.port != self.socket.id);
     }
 }
 
@@ -228,7 +307,7 @@ mod tests {
         [&[0, 0, 0, 0, 0, to, 0, 0, 0, 0, 0, from][..], &[fill; 50]].concat()
     }
 
-    fn heard(port: &mut impl NetBackend) -> Option<u8> {
+    fn heard(port: &mut (impl NetBackend + ?Sized)) -> Option<u8> {
         let mut into = vec![0; crate::MAX_FRAME];
         port.receive(&mut into).ok().map(|(len, _)| into[len - 1])
     }
@@ -256,6 +335,54 @@ mod tests {
         assert_eq!(switch.ports(), 2);
         a.send(&frame(2, 1, 70), &Offload::default()).unwrap();
         assert_eq!(heard(&mut b), Some(70));
+    }
+
+    #[test]
+    fn a_port_with_an_address_of_its_own_can_neither_take_anothers_nor_lose_it() {
+        let switch = Switch::new();
+        let (nothing, mac) = (Offload::default(), |n| [0, 0, 0, 0, 0, n]);
+        let (mut a, mut b) = (switch.plug_as(mac(1)).unwrap(), switch.plug_as(mac(2)).unwrap());
+        let (mut c, mut open) = (switch.plug_as(mac(3)).unwrap(), switch.plug().unwrap());
+        let refused = |port: &mut dyn NetBackend, frame: &[u8]| {
+            let error = port.send(frame, &nothing).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::PermissionDenied);
+        };
+        // Forged, by a port with an address and by one without.
+        refused(&mut c, &frame(2, 1, 10));
+        refused(&mut open, &frame(2, 1, 20));
+        b.send(&frame(1, 2, 30), &nothing).unwrap();
+        let all = |ports: [&mut dyn NetBackend; 4]| ports.map(heard);
+        assert_eq!(all([&mut a, &mut b, &mut c, &mut open]), [Some(30), None, None, None]);
+        // What nobody is known to have, and what is for all.
+        a.send(&frame(9, 1, 40), &nothing).unwrap();
+        assert_eq!(all([&mut a, &mut b, &mut c, &mut open]), [None, None, None, Some(40)]);
+        let broadcast = [&[0xFF; 6][..], &frame(0, 1, 50)[6..]].concat();
+        a.send(&broadcast, &nothing).unwrap();
+        let fifty = Some(50);
+        assert_eq!(all([&mut a, &mut b, &mut c, &mut open]), [None, fifty, fifty, fifty]);
+        assert!(switch.plug_as(mac(1)).is_err() && switch.plug_as([1, 0, 0, 0, 0, 1]).is_err());
+        drop(a);
+        switch.plug_as(mac(1)).unwrap();
+    }
+
+    #[test]
+    fn a_port_takes_no_more_of_its_neighbours_addresses_than_it_may_have() {
+        let switch = Switch::new();
+        let (mut a, mut b) = (switch.plug().unwrap(), switch.plug().unwrap());
+        for n in 0..60 {
+            a.send(&frame(200, n, 1), &Offload::default()).unwrap();
+            b.send(&frame(200, 100 + n, 1), &Offload::default()).unwrap();
+        }
+        for n in 0..60 {
+            b.send(&frame(200, n, 1), &Offload::default()).unwrap();
+        }
+        let counts = |switch: &Switch| -> Vec<usize> {
+            let state = switch.inner.read();
+            state.ports.iter().map(|port| port.addresses.load(Ordering::Relaxed)).collect()
+        };
+        assert_eq!(counts(&switch), [56, 64]);
+        drop(a);
+        assert_eq!((counts(&switch), switch.inner.read().table.len()), (vec![64], 64));
     }
 
     #[test]
