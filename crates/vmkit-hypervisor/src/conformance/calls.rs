@@ -20,6 +20,8 @@ cases! { "calls":
     iretq_to_32_bit_ring_3 "Intel SDM vol. 2A, IRET";
     popf_in_ring_3_keeps_if_and_iopl "Intel SDM vol. 2B, POPF";
     syscall_and_sysret "Intel SDM vol. 2B, SYSCALL, SYSRET" [Need::Feature(Feature::Syscall)];
+    a_step_over_syscall_and_sysret_goes_by_tf_after_them "Intel SDM vol. 2B, SYSCALL, SYSRET"
+        [Need::Feature(Feature::Syscall)];
     syscall_needs_sce "Intel SDM vol. 2B, SYSCALL" [Need::Feature(Feature::Syscall)];
     sysenter_and_sysexit "Intel SDM vol. 2B, SYSENTER, SYSEXIT" [Need::Feature(Feature::Sep)];
     sysenter_without_a_selector "Intel SDM vol. 2B, SYSENTER" [Need::Feature(Feature::Sep)];
@@ -141,6 +143,37 @@ fn syscall_and_sysret(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
     let want = (u64::from(CODE64_RING3), u64::from(DATA_RING3));
     ensure_eq!(selectors, want, "CS and SS after SYSRET");
     ensure_eq!(guest.cpu.register(10)?, 0x602, "flags after SYSRET");
+    Ok(())
+}
+fn a_step_over_syscall_and_sysret_goes_by_tf_after_them(
+    hypervisor: &dyn Hypervisor,
+) -> Result<(), Failure> {
+    const TF: u64 = 0x100;
+    // The second time, the kernel is stepped too.
+    for (mask, traps) in [(TF, &[][..]), (0, &[CODE3, CODE3 + 1])] {
+        let mut guest = in_mode(hypervisor, Mode::Long)?;
+        guest.load_at(CODE3, |a| {
+            asm! { a; nop; sysretq; };
+            Ok(())
+        })?;
+        guest.load_at(CODE2, |a| {
+            asm! { a; syscall; nop; nop; ud2; };
+            Ok(())
+        })?;
+        guest.load(|a| {
+            write_msr(a, 0xC000_0081, u64::from(CODE32_RING3) << 48 | u64::from(CODE64) << 32)?;
+            write_msr(a, 0xC000_0082, CODE3)?;
+            write_msr(a, 0xC000_0084, mask)?;
+            to_ring3(a, CODE64_RING3, CODE2, 2 | TF as i32)
+        })?;
+        let mut io = Recorder::new();
+        // SYSCALL is of two bytes. SYSRET restores TF and traps at once, before the NOP.
+        let after = [CODE2 + 2, CODE2 + 3, CODE2 + 4];
+        for &rip in traps.iter().chain(&after) {
+            let fault = guest.cpu.fault(&mut io)?;
+            ensure_eq!((fault.vector, fault.rip), (1, rip), "vector and RIP, FMASK {mask:#x}");
+        }
+    }
     Ok(())
 }
 fn syscall_needs_sce(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {

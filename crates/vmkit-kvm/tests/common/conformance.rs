@@ -82,6 +82,7 @@ const EMULATOR_LACKS: &[Exception<'_>] = &[
     ("segments::lar_lsl_verr_verw", "the emulator has no LAR, LSL, VERR and VERW"),
     ("calls::iretq_to_ring_3_and_int_back", NO_SYSTEM_CALLS),
     ("calls::syscall_and_sysret", NO_SYSTEM_CALLS),
+    ("calls::a_step_over_syscall_and_sysret_goes_by_tf_after_them", NO_SYSTEM_CALLS),
     ("calls::sysenter_and_sysexit", NO_SYSTEM_CALLS),
     ("calls::sysenter_without_a_selector", NO_SYSTEM_CALLS),
     ("calls::call_gate_of_64_bit", NO_GATES),

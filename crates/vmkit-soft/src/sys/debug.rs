@@ -40,7 +40,7 @@ pub(crate) struct Step {
     /// The instruction before loaded SS: debug exceptions wait for one more instruction
     /// (Intel SDM vol. 3A §7.8.3).
     pub shadow: bool,
-    /// The instruction entered a handler and ended the single step with it.
+    /// The instruction ended the single step: it entered a handler, or went by TF as it is now.
     pub over: bool,
     /// DR6 bits that wait because of `shadow`.
     held: u64,
@@ -151,6 +151,19 @@ impl Cpu {
         }
         self.record(bits);
         Err(self.raise(trap::DB))
+    }
+
+    /// SYSCALL and SYSRET are stepped if TF is set after them, whatever it was before: a kernel that masks
+    /// TF is not stepped into, and a program that is returned to with TF set traps before its next
+    /// instruction (Intel SDM vol. 2B, SYSCALL, SYSRET). The instruction has completed: #DB is left in
+    /// `cpu.trap`.
+    pub(super) fn step_by_new_tf(&mut self) {
+        self.step.over = true;
+        if self.flags.rest & flags::TF != 0 {
+            let others = std::mem::take(&mut self.data_hits) | std::mem::take(&mut self.step.held);
+            self.record(others | BS);
+            let _ = self.raise(trap::DB);
+        }
     }
 
     /// MOV SS and POP SS: no interrupt and no debug exception before the next instruction is done.

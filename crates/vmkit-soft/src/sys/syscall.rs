@@ -46,7 +46,7 @@ pub(super) fn syscall(cpu: &mut Cpu, _: &Instruction) -> Result<(), Trap> {
         cpu.flags.rest &= !(flags::IF | flags::RF | flags::VM);
         cpu.set_flat_segments(cs, cs.wrapping_add(8), 0, false);
     }
-    cpu.step.over = true;
+    cpu.step_by_new_tf();
     Ok(())
 }
 
@@ -73,6 +73,7 @@ pub(super) fn sysret(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Trap> {
     let cs = if long { base.wrapping_add(16) } else { base };
     cpu.set_flat_segments(cs, base.wrapping_add(8), 3, long);
     cpu.interrupts_on();
+    cpu.step_by_new_tf();
     Ok(())
 }
 
