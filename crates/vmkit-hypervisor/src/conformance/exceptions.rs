@@ -25,6 +25,7 @@ cases! { "exceptions":
     segment_not_present "Intel SDM vol. 3A §6.15, interrupt 11";
     stack_segment_not_present "Intel SDM vol. 3A §6.15, interrupt 12";
     noncanonical_stack "Intel SDM vol. 3A §6.15, interrupt 12";
+    noncanonical_stack_at_a_call "Intel SDM vol. 3A §6.15, interrupt 12";
     noncanonical_data "Intel SDM vol. 3A §6.15, interrupt 13";
     selector_past_the_table "Intel SDM vol. 3A §6.15, interrupt 13";
     privileged_instruction_in_ring_3 "Intel SDM vol. 3A §6.15, interrupt 13";
@@ -218,6 +219,27 @@ fn noncanonical_stack(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
     let before = |a: &mut CodeAssembler| a.mov(rbp, 0x8000_0000_0000_0000_u64);
     let load = |a: &mut CodeAssembler| a.mov(rax, qword_ptr(rbp));
     expect(hypervisor, Mode::Long, before, load, (12, 0, false)).map(drop)
+}
+
+fn noncanonical_stack_at_a_call(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
+    let before = |a: &mut CodeAssembler| {
+        asm! { a;
+            mov ebx, CODE2 as u32;
+            mov edi, DATA as u32;
+            mov qword_ptr(rdi), rbx;
+            mov rsp, 0x8000_0000_0000_0000_u64;
+        };
+        Ok(())
+    };
+    type Call = fn(&mut CodeAssembler) -> Result<(), IcedError>;
+    let calls: [Call; 3] = [|a| a.call(CODE2), |a| a.call(rbx), |a| a.call(qword_ptr(rdi))];
+    for call in calls {
+        let guest = Guest::long(hypervisor)?;
+        // The handler of #SS needs a stack: IST 1.
+        guest.write(IDT + 12 * 16 + 4, &[1])?;
+        expect_in(guest, before, call, (12, 0, false))?;
+    }
+    Ok(())
 }
 
 fn noncanonical_data(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {

@@ -281,8 +281,8 @@ pub(super) fn call_mem64<A: Address>(cpu: &mut Cpu, op: OpRef) -> Next {
 #[inline(always)]
 fn call_to(cpu: &mut Cpu, op: OpRef, target: u64) -> Next {
     tri!(cpu, op, cpu.target_ok(target));
-    let back = cpu.rip_at(op.end());
-    tri!(cpu, op, cpu.push64(back));
+    let pushed = cpu.push64(cpu.rip_at(op.end()));
+    tri!(cpu, op, cpu.on_stack(pushed));
     cpu.rip = target;
     cpu.follow_rip()
 }
