@@ -29,10 +29,11 @@ fn pause(_: &mut Cpu, _: &Instruction) -> Result<(), Trap> {
     Ok(())
 }
 
-/// CLFLUSH and kin: no cache to flush, but the address is checked like a load.
-fn touch(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Trap> {
+/// CLFLUSH and kin: no cache to flush, but the address is checked like a load. Nothing is read: that
+/// would be an access to a device (Intel SDM vol. 2A, CLFLUSH).
+fn flush_line(cpu: &mut Cpu, insn: &Instruction) -> Result<(), Trap> {
     let linear = cpu.address_of(insn, 1, false)?;
-    cpu.load::<u8>(linear).map(drop)
+    cpu.probe_load(linear, 1)
 }
 
 fn undefined(cpu: &mut Cpu, _: &Instruction) -> Result<(), Trap> {
@@ -292,7 +293,7 @@ pub(super) fn cold(insn: &Instruction) -> Option<ColdChoice> {
         | M::Prefetcht2 => nop,
         M::Lfence | M::Sfence | M::Mfence => fence,
         M::Pause => pause,
-        M::Clflush | M::Clflushopt | M::Clwb => touch,
+        M::Clflush | M::Clflushopt | M::Clwb => flush_line,
         // RSM outside system management mode is undefined, and there is no such mode here.
         M::Ud0 | M::Ud1 | M::Ud2 | M::Rsm => undefined,
         M::Cmpxchg => cmpxchg,
@@ -312,4 +313,49 @@ pub(super) fn cold(insn: &Instruction) -> Option<ColdChoice> {
         _ => return None,
     };
     Some((run, Ends::No))
+}
+
+#[cfg(test)]
+mod tests {
+    use vmkit_hypervisor::{IoFlow, VcpuIo};
+
+    use crate::cpu::trap::TrapKind;
+    use crate::cpu::{RAX, RBX};
+    use crate::testing::{Bench, MEMORY};
+
+    /// Counts reads of devices.
+    #[derive(Default)]
+    struct Counter(u32);
+
+    impl VcpuIo for Counter {
+        fn pio_read(&mut self, _: u16, _: &mut [u8]) -> IoFlow {
+            IoFlow::Continue
+        }
+        fn pio_write(&mut self, _: u16, _: &[u8]) -> IoFlow {
+            IoFlow::Continue
+        }
+        fn mmio_read(&mut self, _: u64, _: &mut [u8]) -> IoFlow {
+            self.0 += 1;
+            IoFlow::Continue
+        }
+        fn mmio_write(&mut self, _: u64, _: &[u8]) -> IoFlow {
+            IoFlow::Continue
+        }
+    }
+
+    #[test]
+    fn a_flushed_line_is_checked_and_not_read() {
+        let mut bench = Bench::long();
+        // clflush [rax]; clflush [rbx]; past the mapped GiB, the second faults.
+        bench.load(0x8000, &[0x0F, 0xAE, 0x38, 0x0F, 0xAE, 0x3B]);
+        bench.cpu.regs[RAX] = MEMORY;
+        bench.cpu.regs[RBX] = 1 << 30;
+        let mut counter = Counter::default();
+        bench.cpu.lend_io(&mut counter);
+        bench.cpu.shared.begin_looking(1000);
+        bench.cpu.execute();
+        bench.cpu.return_io();
+        assert_eq!(bench.cpu.trap, TrapKind::Exception { vector: 14, error: Some(0) });
+        assert_eq!((bench.cpu.rip, bench.cpu.control.cr2, counter.0), (0x8003, 1 << 30, 0));
+    }
 }

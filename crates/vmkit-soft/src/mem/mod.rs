@@ -382,6 +382,12 @@ impl Cpu {
         Ok(())
     }
 
+    /// Checks that a load of `bytes` at `linear` would not fault, alignment apart.
+    pub fn probe_load(&mut self, linear: u64, bytes: usize) -> Result<(), Trap> {
+        let mode = unchecked(self.tlb_mode);
+        self.translate_span(linear, bytes, Access::Read, mode).map(drop)
+    }
+
     /// Checks that a store of `bytes` at `linear` would not fault.
     pub fn probe_store(&mut self, linear: u64, bytes: usize) -> Result<(), Trap> {
         let mode = self.check_aligned(linear, bytes, Access::Write, self.tlb_mode)?;
