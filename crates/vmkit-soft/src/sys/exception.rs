@@ -145,7 +145,25 @@ impl Cpu {
         }
     }
 
-    fn take(&mut self, first: Event) -> Taken {
+    /// Delivers `event`, and after it what a task gate on the way found wrong with the new task: that
+    /// is the new task's, and comes before anything else that waits (Intel SDM vol. 3A table 8-1).
+    fn take(&mut self, event: Event) -> Taken {
+        let mut next = Ok(Some(event));
+        loop {
+            let taken = match next {
+                Ok(Some(event)) => self.take_one(event),
+                Ok(None) => return Taken::Go,
+                Err(taken) => taken,
+            };
+            if taken != Taken::Go {
+                return taken;
+            }
+            // Each task that is switched to is busy from then on, so this ends.
+            next = self.event_of_trap();
+        }
+    }
+
+    fn take_one(&mut self, first: Event) -> Taken {
         self.halted = false;
         self.inhibit = false;
         let mut event = first;

@@ -3,8 +3,8 @@
 use vmkit_device::memory::{Bytes, GuestAddress};
 use vmkit_hypervisor::x86::{DescriptorTable, Segment, SegmentAttributes};
 
-use super::{CODE, Found, GDT, HANDLERS, HLT, IDT, TSS, USER_CODE};
-use crate::cpu::{CS, DS, ES, FS, RAX, RCX, RSP, SS, flags};
+use super::{CODE, Found, GDT, HANDLERS, HLT, IDT, TSS, Taken, USER_CODE};
+use crate::cpu::{CS, DS, ES, FS, RAX, RCX, RSP, SS, TrapKind, flags};
 use crate::testing::Bench;
 
 /// Selectors of the test's GDT.
@@ -16,15 +16,18 @@ const FIRST_TASK: u16 = 0x28;
 const SECOND_TASK: u16 = 0x30;
 const CALL_GATE: u16 = 0x3B;
 const NOT_PRESENT: u16 = 0x40;
+const SMALL_STACK: u16 = 0x48;
+const THIRD_TASK: u16 = 0x50;
 
 const SECOND_TSS: u64 = 0x7800;
+const THIRD_TSS: u64 = 0x7C00;
 const INNER_STACK: u64 = 0x8_0000;
 const USER_STACK: u64 = 0x7_0000;
 const TASK_STACK: u64 = 0x9_0000;
 
 fn bench() -> Bench {
     let mut bench = Bench::real();
-    let descriptors: [u64; 9] = [
+    let descriptors: [u64; 11] = [
         0,
         0x00CF_9B00_0000_FFFF,
         0x00CF_9300_0000_FFFF,
@@ -35,6 +38,8 @@ fn bench() -> Bench {
         // To the code at 0x8100, with two parameters, for level 3.
         0x0000_EC02_0008_8100,
         0x00CF_1300_0000_FFFF,
+        0x0040_9300_0000_0FFF,
+        0x0000_8900_7C00_0067,
     ];
     for (i, descriptor) in (0..).zip(descriptors) {
         bench.put(GDT + 8 * i, descriptor);
@@ -46,7 +51,7 @@ fn bench() -> Bench {
     bench.put32(TSS + 4, INNER_STACK as u32);
     bench.put32(TSS + 8, KERNEL_DATA.into());
     let cpu = &mut bench.cpu;
-    cpu.gdt = DescriptorTable { base: GDT, limit: 71 };
+    cpu.gdt = DescriptorTable { base: GDT, limit: 87 };
     cpu.idt = DescriptorTable { base: IDT, limit: 0x7FF };
     cpu.control.cr0 |= 1;
     cpu.segs = [Segment::data(KERNEL_DATA); 6];
@@ -248,6 +253,31 @@ fn a_fault_while_loading_the_new_task_belongs_to_it() {
     assert_eq!((found.vector, found.error), (11, Some(NOT_PRESENT.into())));
     assert_eq!((found.rip, bench.cpu.tr.selector), (0x8100, SECOND_TASK));
     assert_eq!(bench.get32(TSS + 0x20), CODE as u32 + 7, "the old task goes on after its jump");
+}
+
+#[test]
+fn a_fault_of_a_task_that_an_event_switched_to_is_delivered_with_the_event() {
+    // #GP by a task gate; the new task's stack is outside its segment, for the error code.
+    let mut bench = bench();
+    second_task(&mut bench, 0x8100, KERNEL_CODE);
+    bench.put32(SECOND_TSS + 0x50, SMALL_STACK.into());
+    bench.put(IDT + 8 * 13, 0xE500_0030_0000);
+    // #SS by a task gate too, of a task that is fine.
+    bench.put32(THIRD_TSS + 0x20, 0x8200);
+    bench.put32(THIRD_TSS + 0x24, 2);
+    bench.put32(THIRD_TSS + 0x38, TASK_STACK as u32);
+    bench.put32(THIRD_TSS + 0x4C, KERNEL_CODE.into());
+    for at in [0x48, 0x50, 0x54] {
+        bench.put32(THIRD_TSS + at, KERNEL_DATA.into());
+    }
+    bench.put(IDT + 8 * 12, 0xE500_0050_0000);
+    let _ = bench.cpu.gp0();
+    // Before an interrupt could be looked for.
+    assert_eq!(bench.cpu.take_trap(), Taken::Go);
+    assert_eq!(bench.cpu.trap, TrapKind::None);
+    assert_eq!((bench.cpu.tr.selector, bench.cpu.rip), (THIRD_TASK, 0x8200));
+    assert_eq!(bench.get32(THIRD_TSS) as u16, SECOND_TASK, "the second task faulted");
+    assert_eq!(bench.get32(SECOND_TSS) as u16, FIRST_TASK);
 }
 
 #[test]
