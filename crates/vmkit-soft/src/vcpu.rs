@@ -12,7 +12,7 @@ use vmkit_hypervisor::{
     VcpuState, VmExit,
 };
 
-use crate::code::{Block, ELSEWHERE, Link, Next};
+use crate::code::{Block, Branch, ELSEWHERE, Link, Next};
 use crate::cpu::flags::IF;
 use crate::cpu::trap::{Trap, TrapKind};
 use crate::cpu::{CS, Cpu, Mode, REG_BLOCK, STEPPING};
@@ -214,6 +214,27 @@ impl Cpu {
     fn one_instruction(&mut self) -> std::result::Result<(), Trap> {
         let shadowed = std::mem::take(&mut self.inhibit);
         let stepped = self.step_before()?;
+        let (start, of_branches) = (self.rip, self.steps_branches());
+        let block = self.run_single()?;
+        if self.trap != TrapKind::None {
+            return Err(Trap);
+        }
+        let _ = shadowed;
+        self.step_after(stepped && (!of_branches || self.branched(block, start)))
+    }
+
+    /// True if `block`, a single instruction at `start` that was just run, took a branch. One to the
+    /// next instruction is told from one that was not taken by its being unconditional.
+    fn branched(&self, block: *const Block, start: u64) -> bool {
+        // SAFETY: the block was found in the cache, which is emptied only where one is looked for.
+        let (branch, bytes) = unsafe { ((*block).branch, (*block).bytes) };
+        let next = start.wrapping_add(bytes.into());
+        let next = if self.mode.contains(Mode::LONG64) { next } else { next & 0xFFFF_FFFF };
+        branch == Branch::Always || branch == Branch::Perhaps && self.rip != next
+    }
+
+    /// Runs the instruction at RIP, whatever is set to happen around it, and returns its block.
+    pub fn run_single(&mut self) -> std::result::Result<*const Block, Trap> {
         let block = self.block_here(true)?;
         // No jump is remembered from a step, and so none goes on past it.
         self.context |= STEPPING;
@@ -221,11 +242,7 @@ impl Cpu {
         self.context &= !STEPPING;
         self.block = null();
         self.link_from = None;
-        if self.trap != TrapKind::None {
-            return Err(Trap);
-        }
-        let _ = shadowed;
-        self.step_after(stepped)
+        Ok(block)
     }
 
     /// Advances this vCPU's timers (and the PIT, on the first) and says when the next one is due.

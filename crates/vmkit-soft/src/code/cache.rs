@@ -50,6 +50,16 @@ const NO_LINK: Link = Link { generation: 0, block: null() };
 /// addresses, each with its own neighbours.
 pub(crate) const ELSEWHERE: u64 = u64::MAX;
 
+/// Whether the last instruction of a block branches.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Branch {
+    #[default]
+    Never,
+    /// On a condition.
+    Perhaps,
+    Always,
+}
+
 /// A run of instructions with one entry.
 #[derive(Clone, Copy)]
 pub(crate) struct Block {
@@ -61,6 +71,8 @@ pub(crate) struct Block {
     key: Key,
     /// Bytes of code.
     pub bytes: u32,
+    /// Whether its last instruction branches.
+    pub branch: Branch,
     /// Guest-physical page that the block's last instruction crosses into, or `NO_PAGE`.
     second_page: u64,
     /// Where it leads: fall-through or not taken, and taken.
@@ -255,6 +267,7 @@ impl CodeCache {
         ops: &[Op],
         instructions: u32,
         bytes: u32,
+        branch: Branch,
         second_page: Option<u64>,
     ) -> *const Block {
         let first = self.ops.push(ops);
@@ -270,6 +283,7 @@ impl CodeCache {
             instructions,
             key,
             bytes,
+            branch,
             second_page: second_page.unwrap_or(NO_PAGE),
             links: [NO_LINK; 2],
             next_in_bucket: self.buckets[bucket],

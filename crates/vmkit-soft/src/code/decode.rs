@@ -6,11 +6,11 @@
 use std::ptr::null;
 use std::sync::atomic::{Ordering, fence};
 
-use iced_x86::{Decoder, DecoderError, Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{Decoder, DecoderError, FlowControl, Instruction, Mnemonic, OpKind, Register};
 use vmkit_memory::WriteTracker;
 
 use super::op::{Cold, FLAG_ADDRESS, FLAG_STACK, Next, Op, OpRef};
-use super::{Block, Key};
+use super::{Block, Branch, Key};
 use crate::cpu::trap::{self, Trap};
 use crate::cpu::{CS, Cpu, Mode, REG_BLOCK, REG_ZERO, SEG_NONE, SS};
 use crate::exec::operand::{register_number, segment_number};
@@ -156,6 +156,7 @@ impl Cpu {
                 &builder.ops,
                 builder.instructions,
                 bytes as u32,
+                builder.branch,
                 second_page,
             ));
         }
@@ -243,6 +244,8 @@ struct Builder {
     bytes: usize,
     max: usize,
     ended: bool,
+    /// Whether the last instruction branches.
+    branch: Branch,
     /// The last instruction, if it is a comparison.
     comparison: Option<exec::Comparison>,
 }
@@ -255,6 +258,7 @@ impl Builder {
             bytes: 0,
             max,
             ended: false,
+            branch: Branch::Never,
             comparison: None,
         }
     }
@@ -284,6 +288,7 @@ impl Builder {
                 self.fuse(&insn, &op);
             }
             self.push(op, ends);
+            self.branch = branch_of(&insn);
             if ends == Ends::Yes {
                 return false;
             }
@@ -308,6 +313,14 @@ impl Builder {
         self.ops.push(op);
         self.instructions += 1;
         self.ended = ends == Ends::Yes;
+    }
+}
+
+fn branch_of(insn: &Instruction) -> Branch {
+    match insn.flow_control() {
+        FlowControl::Next | FlowControl::Exception => Branch::Never,
+        FlowControl::ConditionalBranch => Branch::Perhaps,
+        _ => Branch::Always,
     }
 }
 

@@ -4,6 +4,6 @@ mod cache;
 mod decode;
 mod op;
 
-pub(crate) use cache::{Block, CodeCache, ELSEWHERE, Key, Link};
+pub(crate) use cache::{Block, Branch, CodeCache, ELSEWHERE, Key, Link};
 pub(crate) use decode::{ColdChoice, Ends};
 pub(crate) use op::{ColdFn, FLAG_ADDRESS, FLAG_STACK, Handler, Next, Op, OpRef};

@@ -28,6 +28,9 @@ const GD: u64 = 1 << 13;
 /// DR7: the local enable bits.
 const LOCAL: u64 = 0x155;
 
+/// DEBUGCTL: TF is about branches.
+const BTF: u64 = 1 << 1;
+
 /// The kinds of a breakpoint (DR7.R/W).
 const EXECUTE: u64 = 0;
 const WRITE: u64 = 1;
@@ -60,6 +63,11 @@ impl Cpu {
     #[inline]
     pub fn must_step(&self) -> bool {
         self.flags.rest & flags::TF != 0 || self.debug.dr7 & 0xFF != 0
+    }
+
+    /// TF stops at branches that are taken only (Intel SDM vol. 3B §18.4.3).
+    pub fn steps_branches(&self) -> bool {
+        self.msrs.debugctl & BTF != 0
     }
 
     fn enabled(&self, n: u64) -> bool {
@@ -172,7 +180,8 @@ impl Cpu {
         self.step.shadow = true;
     }
 
-    /// The processor clears GD on the way into a #DB handler, and stops branch recording.
+    /// The processor clears GD on the way into a #DB handler, and ends the stepping of branches and
+    /// their recording.
     pub(super) fn entered_debug_handler(&mut self) {
         self.debug.dr7 &= !GD;
         self.msrs.debugctl = 0;

@@ -232,6 +232,27 @@ fn single_steps_are_reported_after_each_instruction() {
 }
 
 #[test]
+fn steps_are_of_branches_if_debugctl_says_so() {
+    // push 0x102; popfq; xor ecx, ecx; jnz +0; jz +1; nop; call +0; nop
+    let code =
+        [0x68, 2, 1, 0, 0, 0x9D, 0x31, 0xC9, 0x75, 0, 0x74, 1, 0x90, 0xE8, 0, 0, 0, 0, 0x90, 0x90];
+    let mut rig = Rig::new();
+    rig.bench.cpu.msrs.debugctl = 2;
+    let found = rig.fault(&code);
+    assert_eq!((found.vector, found.rip), (1, CODE + 13), "after the jump that is taken");
+    assert_eq!(rig.bench.cpu.debug.dr6, 0xFFFF_4FF0);
+    assert_eq!(rig.bench.cpu.msrs.debugctl, 0);
+    // A call of what follows it is a branch too. The handler: iretq, at the HLT that was run.
+    rig.bench.cpu.msrs.debugctl = 2;
+    rig.bench.load(rig.bench.cpu.rip, &[0x48, 0xCF]);
+    rig.bench.cpu.code.forget();
+    rig.bench.cpu.code_changed();
+    assert!(rig.bench.run());
+    let rsp = rig.bench.cpu.regs[RSP];
+    assert_eq!(rig.bench.get(rsp), CODE + 18);
+}
+
+#[test]
 fn breakpoints_hit_code_before_and_data_after() {
     let mut rig = Rig::new();
     let cpu = &mut rig.bench.cpu;
