@@ -89,9 +89,11 @@ impl Block {
         unsafe { OpRef::new(NonNull::new_unchecked(self.first)) }
     }
 
-    /// How many operations of this block come before `op`.
+    /// How many instructions of this block come before `op`.
     pub fn position(&self, op: OpRef) -> u64 {
-        (op.as_ptr() as usize - self.first as usize) as u64 / size_of::<Op>() as u64
+        let ops = (op.as_ptr() as usize - self.first as usize) as u64 / size_of::<Op>() as u64;
+        // The look at the code segment's limit is none.
+        ops.saturating_sub(self.key.mode.contains(Mode::LIMIT).into())
     }
 
     /// Guest-physical page that its last instruction crosses into, if it does.
@@ -360,7 +362,7 @@ impl CodeCache {
                 }
                 link = &raw mut (**link).next_in_bucket;
             }
-            (*block).key.mode = Mode::GONE;
+            (*block).key.mode |= Mode::GONE;
         }
     }
 

@@ -51,7 +51,7 @@ impl Cpu {
         if let Some((block, second)) = found {
             let still = match second {
                 None => true,
-                Some(second) => self.fetch_page(self.next_page(linear))? == second,
+                Some(second) => self.fetch_next_page(linear)? == second,
             };
             if still {
                 return Ok(block);
@@ -79,8 +79,13 @@ impl Cpu {
         Ok(cs.base.wrapping_add(self.rip) & 0xFFFF_FFFF)
     }
 
-    fn next_page(&self, linear: u64) -> u64 {
-        self.wrap_linear((linear & !0xFFF).wrapping_add(0x1000))
+    /// The page that the instruction at `linear` and RIP goes on in.
+    fn fetch_next_page(&mut self, linear: u64) -> Result<u64, Trap> {
+        let left = 0x1000 - (linear & 0xFFF);
+        if self.mode.contains(Mode::LIMIT) && self.rip + left > u64::from(self.segs[CS].limit) {
+            return Err(self.gp0());
+        }
+        self.fetch_page(self.wrap_linear((linear & !0xFFF).wrapping_add(0x1000)))
     }
 
     /// The guest-physical page that `linear` is fetched from.
@@ -108,7 +113,7 @@ impl Cpu {
             let crosses = builder.run(self, &window[..in_page], key.mode);
             if crosses && builder.ops.is_empty() {
                 // The first instruction crosses into the next page: a block of its own.
-                let next = self.fetch_page(self.next_page(linear))?;
+                let next = self.fetch_next_page(linear)?;
                 let mut tail = [0_u8; MAX_LENGTH];
                 self.read_physical(next, &mut tail);
                 window[in_page..in_page + MAX_LENGTH].copy_from_slice(&tail);
@@ -123,6 +128,10 @@ impl Cpu {
                     off: bytes as u16,
                     ..Op::blank()
                 });
+            }
+            if key.mode.contains(Mode::LIMIT) {
+                let last = bytes.saturating_sub(1) as i32;
+                builder.ops.insert(0, Op { run: branch::within_limit, imm: last, ..Op::blank() });
             }
             // Watch the lines, then see that the bytes are still those decoded: a store that came
             // before the watch is seen here, one that comes after is reported. The report ends the watch,

@@ -37,6 +37,9 @@ bitflags! {
         const STEP = 1 << 12;
         /// No processor's: the block was dropped.
         const GONE = 1 << 13;
+        /// The code segment ends somewhere (outside 64-bit mode, a limit below 4 GiB): blocks begin with a
+        /// look at it.
+        const LIMIT = 1 << 14;
     }
 }
 
@@ -51,6 +54,7 @@ impl Mode {
         mode.set(Self::LMA, lma);
         mode.set(Self::LONG64, lma && code.long());
         mode.set(Self::CODE32, code.big() && !(lma && code.long()));
+        mode.set(Self::LIMIT, !(lma && code.long()) && cpu.segs[CS].limit != u32::MAX);
         mode.set(Self::STACK32, cpu.segs[SS].attributes.big());
         mode.set(Self::PROTECTED, cr0.contains(Cr0::PE) && !v86);
         mode.set(Self::V86, v86);

@@ -6,7 +6,7 @@ use super::address::Address;
 use super::pick::{by_condition, tri};
 use crate::code::{ELSEWHERE, Handler, Next, OpRef};
 use crate::cpu::trap::{self, TrapKind};
-use crate::cpu::{Cpu, Int, Mode, RCX, REG_BLOCK, W16, W32, W64, Width};
+use crate::cpu::{CS, Cpu, Int, Mode, RCX, REG_BLOCK, W16, W32, W64, Width};
 use crate::mem::canonical;
 
 impl Cpu {
@@ -78,7 +78,7 @@ impl Cpu {
         let ok = if self.mode.contains(Mode::LONG64) {
             canonical(target)
         } else {
-            target <= u64::from(self.segs[crate::cpu::CS].limit)
+            target <= u64::from(self.segs[CS].limit)
         };
         if ok { Ok(()) } else { Err(self.gp0()) }
     }
@@ -88,6 +88,29 @@ impl Cpu {
 pub(crate) fn fall_through(cpu: &mut Cpu, op: OpRef) -> Next {
     cpu.rip = cpu.rip_at(u64::from(op.off));
     cpu.follow(0)
+}
+
+/// The code segment ends somewhere: sees that it is not before the block's last byte, which is `imm` past
+/// its first. The pseudo-operation before the first instruction.
+pub(crate) fn within_limit(cpu: &mut Cpu, op: OpRef) -> Next {
+    let last = cpu.regs[usize::from(REG_BLOCK)].wrapping_add(op.imm as u64);
+    if last > u64::from(cpu.segs[CS].limit) { past_limit(cpu, op) } else { op.next(cpu) }
+}
+
+/// The block goes past the end of the code segment: its first instruction runs alone, if that does not.
+#[cold]
+#[inline(never)]
+fn past_limit(cpu: &mut Cpu, op: OpRef) -> Next {
+    if cpu.running().instructions <= 1 {
+        let _ = cpu.gp0();
+        return cpu.trap_exit(op);
+    }
+    cpu.rip = cpu.rip_at(0);
+    // To find the instruction's own block may empty the cache.
+    cpu.block = null();
+    // What cannot be fetched is in `cpu.trap`.
+    let _ = cpu.run_single();
+    null()
 }
 
 /// Stands in for the operations after one that dropped its own block.

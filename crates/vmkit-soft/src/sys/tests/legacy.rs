@@ -147,6 +147,48 @@ fn segment_limits_hold() {
 }
 
 #[test]
+fn code_ends_at_its_segments_limit() {
+    // nop; nop; nop; mov eax, 5, entered anew, from a block before it, and by a jump that is remembered.
+    let code = [0x90, 0x90, 0x90, 0xB8, 5, 0, 0, 0];
+    let jump = [0xEB, 0x0E];
+    for at in [CODE, CODE + 0x10, 0x8FFC] {
+        for limit in [7, 6, 4, 2] {
+            let mut bench = bench();
+            if at == CODE + 0x10 {
+                bench.ram.write_slice(&jump, GuestAddress(CODE)).unwrap();
+            }
+            // Once with a limit that does not matter.
+            bench.ram.write_slice(&code, GuestAddress(at)).unwrap();
+            for limit in [at as u32 + 0x100, at as u32 + limit] {
+                bench.cpu.regs[RAX] = 1;
+                bench.cpu.regs[RSP] = 0x10_0000;
+                bench.cpu.segs[CS].limit = limit;
+                bench.cpu.segs[CS].attributes.0 &= !0x8000;
+                bench.cpu.update_mode();
+                bench.ram.write_obj(HLT, GuestAddress(at + 8)).unwrap();
+                let before = bench.cpu.instructions;
+                bench.cpu.rip = if at == CODE + 0x10 { CODE } else { at };
+                let jumps = u64::from(at == CODE + 0x10);
+                if limit == at as u32 + 0x100 {
+                    assert!(bench.run());
+                    assert_eq!((bench.cpu.rip, bench.cpu.regs[RAX]), (at + 9, 5));
+                    assert_eq!(bench.cpu.instructions, before + jumps + 5);
+                    continue;
+                }
+                let found = bench.found32();
+                // The move passes the limit, or ends with it and the HLT is past.
+                let (rip, moved) = if limit == at as u32 + 7 { (8, 5) } else { (3, 1) };
+                assert_eq!((found.vector, found.error), (13, Some(0)), "{at:#x}, {limit:#x}");
+                assert_eq!((found.rip, bench.cpu.regs[RAX]), (at + rip, moved));
+                let done = if moved == 5 { 4 } else { 3 };
+                // And the handler's HLT.
+                assert_eq!(bench.cpu.instructions, before + jumps + done + 1);
+            }
+        }
+    }
+}
+
+#[test]
 fn a_call_gate_carries_parameters_in_and_ret_releases_them() {
     let mut bench = bench();
     // mov eax, [esp+8]; mov ecx, [esp+12]; retf 8
