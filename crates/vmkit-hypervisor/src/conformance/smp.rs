@@ -32,6 +32,7 @@ cases! { "smp":
     lowest_priority_msi_comes_once "Intel SDM vol. 3A §11.6.2.4" [Need::Vcpus(2)];
     tlb_shootdown "Intel SDM vol. 3A §4.10.5" [Need::Vcpus(2)];
     cross_modifying_code "Intel SDM vol. 3A §9.1.3" [Need::Vcpus(2)];
+    a_misaligned_locked_access_is_atomic "Intel SDM vol. 3A §9.1.2.2" [Need::Vcpus(2)];
     one_vcpus_kick_is_not_the_others "the contract: Vcpu::kick" [Need::Vcpus(2)];
 }
 
@@ -372,6 +373,61 @@ fn tlb_shootdown(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
     })?;
     guest.gate(0x51, handler)?;
     ensure_eq!(together(&mut guest.cpu, &mut other)?, (0, 0), "a stale translation was used");
+    Ok(())
+}
+fn a_misaligned_locked_access_is_atomic(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
+    // vCPU 0 counts in four bytes; vCPU 1 stores to the last of them, and looks whether that stays.
+    const ROUNDS: u32 = 100_000;
+    let (started, done) = (DATA + 0x40, DATA + 0x80);
+    let (mut guest, mut other) = two(
+        hypervisor,
+        |a| {
+            asm! { a;
+                label again, wait;
+                mov esi, DATA as u32;
+                mov ecx, ROUNDS;
+            wait:
+                pause;
+                cmp dword_ptr(started), 1;
+                jne wait;
+            again:
+                [lock] inc dword_ptr(rsi + 1);
+                dec ecx;
+                jne again;
+                mov dword_ptr(done), 1;
+                xor eax, eax;
+                stop;
+            };
+            Ok(())
+        },
+        |a| {
+            asm! { a;
+                label again, later, kept;
+                mov esi, DATA as u32;
+                xor eax, eax;
+                mov dword_ptr(started), 1;
+            again:
+                inc ecx;
+                mov byte_ptr(rsi + 4), cl;
+                // What undoes the store comes some time after it.
+                mov edx, 20;
+            later:
+                dec edx;
+                jne later;
+                cmp byte_ptr(rsi + 4), cl;
+                je kept;
+                inc eax;
+            kept:
+                cmp dword_ptr(done), 1;
+                jne again;
+                stop;
+            };
+            Ok(())
+        },
+    )?;
+    let (_, lost) = together(&mut guest.cpu, &mut other)?;
+    ensure_eq!(lost, 0, "plain stores that a locked access undid");
+    ensure_eq!(guest.read_u32(DATA + 1)? & 0xFF_FFFF, ROUNDS, "the count");
     Ok(())
 }
 fn cross_modifying_code(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {

@@ -11,6 +11,7 @@ mod walk;
 
 use std::ptr::NonNull;
 use std::sync::atomic::{Ordering, fence};
+use std::sync::OnceLock;
 
 pub(crate) use map::{MemoryMap, Slot};
 use tlb::Found;
@@ -151,8 +152,15 @@ impl Cpu {
     ) -> Result<u64, Trap> {
         let bytes = W::BYTES as usize;
         let update = |host: *mut u8| {
-            // SAFETY: `locked` hands out the aligned address of as many bytes that the guest may write.
-            unsafe { W::atomic_update(host.cast(), &f) }
+            // SAFETY: `locked` hands out the address of as many bytes that the guest may write; Rust's
+            // atomics are for aligned ones only.
+            unsafe {
+                if host as usize & (bytes - 1) == 0 {
+                    W::atomic_update(host.cast(), &f)
+                } else {
+                    update_misaligned::<W>(host, &f)
+                }
+            }
         };
         if let Some(old) = self.locked(linear, bytes, update)? {
             return Ok(old);
@@ -169,8 +177,8 @@ impl Cpu {
     }
 
     /// Does a locked access of `bytes` at `linear` by a host instruction: `f` gets the host address. None,
-    /// with nothing done, if the operand is not aligned to its size or not in RAM that may be written.
-    /// Only host instructions exclude those of other vCPUs, so this serves pages that hold code, and all
+    /// with nothing done, if the operand is not in RAM that may be written, or crosses lines of the host's
+    /// cache where that could go wrong ([`split_locks_are_fine`]), or crosses pages. Only host instructions exclude those of other vCPUs, so this serves pages that hold code, and all
     /// pages while data breakpoints are armed.
     pub fn locked<R>(
         &mut self,
@@ -179,7 +187,8 @@ impl Cpu {
         f: impl FnOnce(*mut u8) -> R,
     ) -> Result<Option<R>, Trap> {
         let mode = self.check_aligned(linear, bytes, Access::Write, self.tlb_mode)?;
-        if linear & (bytes as u64 - 1) != 0 {
+        let crosses = |size: u64| (linear & (size - 1)) + bytes as u64 > size;
+        if crosses(0x1000) || crosses(64) && !split_locks_are_fine() {
             return Ok(None);
         }
         let (host, pa) = match self.tlb.find_slow(Table::Write, linear, bytes, mode) {
@@ -454,6 +463,53 @@ impl Cpu {
     }
 }
 
+/// True if locked accesses of the host may cross cache lines: they are atomic, but a host that detects
+/// them slows its program down or ends it (Intel SDM vol. 3A §9.1.2.3; Linux, `split_lock_detect`).
+fn split_locks_are_fine() -> bool {
+    static FINE: OnceLock<bool> = OnceLock::new();
+    *FINE.get_or_init(|| {
+        let highest = core::arch::x86_64::__cpuid(0).eax;
+        // IA32_CORE_CAPABILITIES, which tells of #AC for split locks, and bus lock detection.
+        highest < 7 || {
+            let leaf = core::arch::x86_64::__cpuid_count(7, 0);
+            leaf.edx >> 30 & 1 == 0 && leaf.ecx >> 24 & 1 == 0
+        }
+    })
+}
+
+/// Replaces what `p` holds by `f` of it as [`Width::atomic_update`] does, at any address: the host's
+/// locked instructions need no alignment.
+///
+/// # Safety
+/// `p` is valid for reads and writes of `W::BYTES` bytes, and only accessed atomically or by guest accesses
+/// meanwhile.
+unsafe fn update_misaligned<W: Width>(p: *mut u8, f: impl Fn(u64) -> u64) -> u64 {
+    // SAFETY: the caller vouches for `p`. A torn read is one that the comparison refuses.
+    let mut old = unsafe { read_host::<W::Int>(p as u64) }.widen();
+    loop {
+        let new = f(old);
+        let mut now = old;
+        // SAFETY: as above; the instruction reads and writes `W::BYTES` bytes.
+        unsafe {
+            match W::BYTES {
+                2 => core::arch::asm!("lock cmpxchg word ptr [{p}], {new:x}", p = in(reg) p,
+                    new = in(reg) new, inout("rax") now, options(nostack)),
+                4 => core::arch::asm!("lock cmpxchg dword ptr [{p}], {new:e}", p = in(reg) p,
+                    new = in(reg) new, inout("rax") now, options(nostack)),
+                8 => core::arch::asm!("lock cmpxchg qword ptr [{p}], {new}", p = in(reg) p,
+                    new = in(reg) new, inout("rax") now, options(nostack)),
+                // Bytes are always aligned.
+                _ => return W::atomic_update(p.cast(), f),
+            }
+        }
+        now &= W::MASK;
+        if now == old {
+            return old;
+        }
+        old = now;
+    }
+}
+
 /// The mode to translate with where alignment does not matter.
 fn unchecked(mode: u64) -> u64 {
     if mode == MODE_USER_ALIGNED { MODE_USER } else { mode }
@@ -495,6 +551,40 @@ unsafe fn copy_out(to: *mut u8, bytes: &[u8]) {
                 to.cast::<u64>().write_unaligned(u64::from_ne_bytes([a, b, c, d, e, f, g, h]));
             }
             _ => std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmkit_device::memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::cpu::{W16, W32, W64};
+    use crate::testing::Bench;
+
+    fn add<W: Width>(bench: &mut Bench, at: u64) {
+        let before = [0xFF; 16];
+        bench.ram.write_slice(&before, GuestAddress(at)).unwrap();
+        let old = bench.cpu.update_locked::<W>(at, |old| old.wrapping_add(2)).unwrap();
+        assert_eq!(old, W::MASK, "at {at:#x}");
+        let mut after = [0; 16];
+        bench.ram.read_slice(&mut after, GuestAddress(at)).unwrap();
+        let mut want = before;
+        want[..W::BYTES as usize].fill(0);
+        want[0] = 1;
+        assert_eq!(after, want, "at {at:#x}");
+    }
+
+    #[test]
+    fn a_locked_access_inside_a_page_is_the_hosts() {
+        let mut bench = Bench::long();
+        for (at, whole) in [(0x5001, true), (0x503D, split_locks_are_fine()), (0x5FFD, false)] {
+            let host = bench.cpu.locked(at, 4, |_| ()).unwrap();
+            assert_eq!(host.is_some(), whole, "at {at:#x}");
+            add::<W16>(&mut bench, at);
+            add::<W32>(&mut bench, at);
+            add::<W64>(&mut bench, at);
         }
     }
 }
