@@ -288,9 +288,8 @@ impl Cpu {
         {
             return Ok(old);
         }
-        self.probe_store(linear, 16)?;
         let partition = self.partition.clone();
-        let _split = partition.split_lock();
+        let _split = self.split_lock(&partition, linear, 16)?;
         let old = self.load::<u128>(linear)?;
         self.store(linear, if old == expected { new } else { old })?;
         Ok(old)

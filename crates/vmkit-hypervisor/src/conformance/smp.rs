@@ -1,24 +1,25 @@
 //! Several vCPUs: start-up, interrupts between them, changes they tell each other of.
 
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
-use vmkit_device::Msi;
 use vmkit_device::memory::{Bytes, MemoryRegionAddress};
+use vmkit_device::{IoFlow, Msi};
 
 use super::asm::{asm, assemble};
 use super::case::{cases, ensure, ensure_eq};
 use super::cpu::{Cpu, End};
-use super::guest::{APIC, CODE, CODE2, DATA, Guest, Mode, TABLES};
+use super::guest::{APIC, CODE, CODE2, DATA, Guest, MMIO, Mode, TABLES};
 use super::interrupts::{apic_on, apic_write, eoi};
 use super::kicks::kick_until;
 use super::recorder::Recorder;
 use super::tables::{PAGE, PDPT};
 use super::{Failure, Need};
 use crate::x86::MpState;
-use crate::{Hypervisor, StateSet, VmExit};
+use crate::{Hypervisor, StateSet, VcpuIo, VmExit};
 
 cases! { "smp":
     init_and_sipi_start_a_processor "Intel SDM vol. 3A §9.4.4" [Need::Vcpus(2)];
@@ -33,6 +34,7 @@ cases! { "smp":
     tlb_shootdown "Intel SDM vol. 3A §4.10.5" [Need::Vcpus(2)];
     cross_modifying_code "Intel SDM vol. 3A §9.1.3" [Need::Vcpus(2)];
     a_misaligned_locked_access_is_atomic "Intel SDM vol. 3A §9.1.2.2" [Need::Vcpus(2)];
+    locked_accesses_to_devices_wait_for_nobody "the contract: VcpuIo" [Need::Vcpus(2)];
     one_vcpus_kick_is_not_the_others "the contract: Vcpu::kick" [Need::Vcpus(2)];
 }
 
@@ -428,6 +430,50 @@ fn a_misaligned_locked_access_is_atomic(hypervisor: &dyn Hypervisor) -> Result<(
     let (_, lost) = together(&mut guest.cpu, &mut other)?;
     ensure_eq!(lost, 0, "plain stores that a locked access undid");
     ensure_eq!(guest.read_u32(DATA + 1)? & 0xFF_FFFF, ROUNDS, "the count");
+    Ok(())
+}
+/// Answers a read of memory once the other one has been asked too.
+struct Meeting {
+    tell: Sender<()>,
+    told: Receiver<()>,
+    met: bool,
+}
+impl VcpuIo for Meeting {
+    fn pio_read(&mut self, _: u16, _: &mut [u8]) -> IoFlow {
+        IoFlow::Continue
+    }
+    fn pio_write(&mut self, _: u16, _: &[u8]) -> IoFlow {
+        IoFlow::Stop
+    }
+    fn mmio_read(&mut self, _: u64, data: &mut [u8]) -> IoFlow {
+        // An other end that is gone is one that does not come.
+        let _ = self.tell.send(());
+        self.met = self.told.recv_timeout(Duration::from_secs(20)).is_ok();
+        data.fill(0);
+        IoFlow::Continue
+    }
+    fn mmio_write(&mut self, _: u64, _: &[u8]) -> IoFlow {
+        IoFlow::Continue
+    }
+}
+fn locked_accesses_to_devices_wait_for_nobody(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
+    // One that waits inside for the other's to end cannot heed what the other's callback asks of it.
+    let program = |a: &mut CodeAssembler| {
+        asm! { a; mov esi, MMIO as u32; [lock] inc dword_ptr(rsi); stop; };
+        Ok(())
+    };
+    let (mut guest, mut other) = two(hypervisor, program, program)?;
+    let (first, second) = (mpsc::channel(), mpsc::channel());
+    let mut ours = Meeting { tell: first.0, told: second.1, met: false };
+    let mut its = Meeting { tell: second.0, told: first.1, met: false };
+    let (exit, other_exit) = thread::scope(|scope| {
+        let running = scope.spawn(|| other.run(&mut its));
+        let exit = guest.cpu.run(&mut ours);
+        (exit, running.join())
+    });
+    let other_exit = other_exit.map_err(|_| Failure::Wrong("a vCPU's thread panicked".into()))?;
+    ensure_eq!((exit?, other_exit?), (VmExit::Stopped, VmExit::Stopped), "how they ended");
+    ensure!(ours.met && its.met, "one waited for the other");
     Ok(())
 }
 fn cross_modifying_code(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {

@@ -11,7 +11,7 @@ mod walk;
 
 use std::ptr::NonNull;
 use std::sync::atomic::{Ordering, fence};
-use std::sync::OnceLock;
+use std::sync::{MutexGuard, OnceLock};
 
 pub(crate) use map::{MemoryMap, Slot};
 use tlb::Found;
@@ -21,6 +21,7 @@ pub(crate) use walk::{Access, Translation, canonical};
 
 use crate::cpu::trap::{self, Trap, TrapKind};
 use crate::cpu::{Cpu, Int, Mode, Width};
+use crate::partition::PartitionInner;
 
 /// Supervisor access; SMAP applies if it is on.
 pub(crate) const MODE_SUPERVISOR: u64 = 0;
@@ -165,10 +166,8 @@ impl Cpu {
         if let Some(old) = self.locked(linear, bytes, update)? {
             return Ok(old);
         }
-        // A split lock, or a locked access to a device: one at a time in the whole machine.
-        self.probe_store(linear, bytes)?;
-        let shared = self.partition.clone();
-        let _split = shared.split_lock();
+        let partition = self.partition.clone();
+        let _split = self.split_lock(&partition, linear, bytes)?;
         let old = self.load_slow::<W::Int>(linear, self.tlb_mode)?;
         let old = crate::cpu::Int::widen(old);
         let new = f(old) & W::MASK;
@@ -208,6 +207,22 @@ impl Cpu {
             self.data_access(linear, bytes, true);
         }
         Ok(Some(result))
+    }
+
+    /// What a locked access by a load and a store is to hold meanwhile, after raising its faults: only one
+    /// of those goes on at a time in the whole machine. Nothing for what is not RAM: the way to a device
+    /// leads through the embedder, who may wait there for another vCPU.
+    pub fn split_lock<'a>(
+        &mut self,
+        partition: &'a PartitionInner,
+        linear: u64,
+        bytes: usize,
+    ) -> Result<Option<MutexGuard<'a, ()>>, Trap> {
+        let mode = self.check_aligned(linear, bytes, Access::Write, self.tlb_mode)?;
+        let (first, second) = self.translate_span(linear, bytes, Access::Write, mode)?;
+        let ram = |pa| self.map.find(pa).is_some_and(|slot| slot.writable);
+        let all = ram(first) && second.is_none_or(ram);
+        Ok(all.then(|| partition.split_lock()))
     }
 
     /// The mode to translate with; raises #AC where alignment is checked and `linear` lacks it, after
