@@ -242,6 +242,7 @@ const PLAIN_MSRS: &[(u32, u64)] = &[
     (0x174, 0x08),
     (0x175, 0xFFFF_8000_0000_1000),
     (0x176, 0xFFFF_8000_0000_2000),
+    (0x17A, 4),
     (0x277, 0x0007_0106_0007_0405),
     (0xC000_0081, 0x0018_0008_0000_0000),
     (0xC000_0082, 0xFFFF_8000_0000_3000),
@@ -266,13 +267,15 @@ fn msrs(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
 }
 
 fn msrs_are_those_of_the_model(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
-    use Feature::{LongMode, Mtrr, Pat, Rdtscp, Sep, SpecCtrl, TscAdjust, Xsaves};
+    use Feature::{LongMode, Mca, Mtrr, Pat, Rdtscp, Sep, SpecCtrl, TscAdjust, Xsaves};
     // First index, count, and the feature that brings them.
     let known: &[(u32, u32, Option<Feature>)] = &[
         (0x3B, 1, Some(TscAdjust)),
         (0x48, 1, Some(SpecCtrl)),
         (0x174, 3, Some(Sep)),
+        (0x17A, 1, Some(Mca)),
         (0x1A0, 1, None),
+        (0x1D9, 1, None),
         (0x200, 16, Some(Mtrr)),
         (0x250, 1, Some(Mtrr)),
         (0x258, 2, Some(Mtrr)),

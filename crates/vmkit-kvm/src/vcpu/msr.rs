@@ -5,7 +5,7 @@
 
 use kvm_bindings::{Msrs, kvm_msr_entry};
 use vmkit_hypervisor::x86::Msr;
-use vmkit_hypervisor::{CpuModel, Feature, HypervisorError, Result};
+use vmkit_hypervisor::{CpuModel, Feature, HypervisorError, Result, Vendor};
 
 use super::KvmVcpu;
 use crate::error::host;
@@ -19,8 +19,10 @@ const FAST_STRINGS: u64 = 1;
 /// When a register belongs to the state.
 enum When {
     Always,
-    /// The model lists the feature.
-    Has(Feature),
+    /// The model lists one of the features.
+    Has(&'static [Feature]),
+    /// The model is of this vendor.
+    Of(Vendor),
     /// The guest is offered kvmclock. Left out of a saved state while zero, that is unused, so that
     /// such a state also loads where there is no KVM.
     KvmClock,
@@ -28,28 +30,34 @@ enum When {
 
 /// First index, count, and when.
 const REGISTERS: &[(u32, u32, When)] = &[
-    (0x3B, 1, When::Has(Feature::TscAdjust)),
-    (0x48, 1, When::Has(Feature::SpecCtrl)),
+    (0x3B, 1, When::Has(&[Feature::TscAdjust])),
+    (0x48, 1, When::Has(&[Feature::SpecCtrl])),
     // SYSENTER_CS, _ESP, _EIP.
-    (0x174, 3, When::Has(Feature::Sep)),
+    (0x174, 3, When::Has(&[Feature::Sep])),
+    // MCG_STATUS.
+    (0x17A, 1, When::Has(&[Feature::Mca])),
     (MISC_ENABLE, 1, When::Always),
+    // DEBUGCTL.
+    (0x1D9, 1, When::Always),
     // Memory types: variable ranges, fixed ranges, default.
-    (0x200, 16, When::Has(Feature::Mtrr)),
-    (0x250, 1, When::Has(Feature::Mtrr)),
-    (0x258, 2, When::Has(Feature::Mtrr)),
-    (0x268, 8, When::Has(Feature::Mtrr)),
-    (0x277, 1, When::Has(Feature::Pat)),
-    (0x2FF, 1, When::Has(Feature::Mtrr)),
+    (0x200, 16, When::Has(&[Feature::Mtrr])),
+    (0x250, 1, When::Has(&[Feature::Mtrr])),
+    (0x258, 2, When::Has(&[Feature::Mtrr])),
+    (0x268, 8, When::Has(&[Feature::Mtrr])),
+    (0x277, 1, When::Has(&[Feature::Pat])),
+    (0x2FF, 1, When::Has(&[Feature::Mtrr])),
     // XSS.
-    (0xDA0, 1, When::Has(Feature::Xsaves)),
+    (0xDA0, 1, When::Has(&[Feature::Xsaves])),
     // Wall clock and system time.
     (0x4B56_4D00, 2, When::KvmClock),
     // STAR, LSTAR, CSTAR, FMASK.
-    (0xC000_0081, 4, When::Has(Feature::LongMode)),
+    (0xC000_0081, 4, When::Has(&[Feature::LongMode, Feature::Syscall])),
     // KERNEL_GS_BASE.
-    (0xC000_0102, 1, When::Has(Feature::LongMode)),
+    (0xC000_0102, 1, When::Has(&[Feature::LongMode])),
     // TSC_AUX.
-    (0xC000_0103, 1, When::Has(Feature::Rdtscp)),
+    (0xC000_0103, 1, When::Has(&[Feature::Rdtscp, Feature::Rdpid])),
+    // AMD's HWCR.
+    (0xC001_0015, 1, When::Of(Vendor::Amd)),
 ];
 
 fn is_kvmclock(index: u32) -> bool {
@@ -59,7 +67,8 @@ fn is_kvmclock(index: u32) -> bool {
 fn candidates(model: &CpuModel, kvmclock: bool) -> Vec<u32> {
     let belongs = |when: &When| match when {
         When::Always => true,
-        When::Has(feature) => model.has(*feature),
+        When::Has(features) => features.iter().any(|&feature| model.has(feature)),
+        When::Of(vendor) => model.vendor == *vendor,
         When::KvmClock => kvmclock,
     };
     let chosen = REGISTERS.iter().filter(|(_, _, when)| belongs(when));

@@ -148,31 +148,32 @@ fn exists(model: &CpuModel, index: u32) -> bool {
     }
 }
 
-/// First index, count and feature of the MSRs that are part of a vCPU's state because no other part
-/// holds them.
-const SAVED: &[(u32, u32, Option<Feature>)] = &[
-    (TSC_ADJUST, 1, Some(Feature::TscAdjust)),
-    (SPEC_CTRL, 1, Some(Feature::SpecCtrl)),
-    (SYSENTER_CS, 3, Some(Feature::Sep)),
-    (MISC_ENABLE, 1, None),
-    (0x200, 16, Some(Feature::Mtrr)),
-    (0x250, 1, Some(Feature::Mtrr)),
-    (0x258, 2, Some(Feature::Mtrr)),
-    (0x268, 8, Some(Feature::Mtrr)),
-    (PAT, 1, Some(Feature::Pat)),
-    (0x2FF, 1, Some(Feature::Mtrr)),
-    (XSS, 1, Some(Feature::Xsaves)),
-    (STAR, 4, Some(Feature::LongMode)),
-    (KERNEL_GS_BASE, 1, Some(Feature::LongMode)),
-    (TSC_AUX, 1, Some(Feature::Rdtscp)),
+/// First index and count of the MSRs that are part of a vCPU's state, if the model has them, because no
+/// other part holds them.
+const SAVED: &[(u32, u32)] = &[
+    (TSC_ADJUST, 1),
+    (SPEC_CTRL, 1),
+    (SYSENTER_CS, 3),
+    (MCG_STATUS, 1),
+    (MISC_ENABLE, 1),
+    (DEBUGCTL, 1),
+    (0x200, 16),
+    (0x250, 1),
+    (0x258, 2),
+    (0x268, 8),
+    (PAT, 1),
+    (0x2FF, 1),
+    (XSS, 1),
+    (STAR, 4),
+    (KERNEL_GS_BASE, 1),
+    (TSC_AUX, 1),
+    (AMD_HWCR, 1),
 ];
 
 /// The MSRs of a vCPU's state, ascending.
 pub(super) fn saved_msrs(model: &CpuModel) -> impl Iterator<Item = u32> + '_ {
-    SAVED
-        .iter()
-        .filter(|(_, _, feature)| feature.is_none_or(|f| model.has(f)))
-        .flat_map(|&(first, count, _)| first..first + count)
+    let all = SAVED.iter().flat_map(|&(first, count)| first..first + count);
+    all.filter(|&index| exists(model, index))
 }
 
 /// True if every byte names a memory type of the PAT (Intel SDM vol. 3A §12.12.2).
@@ -258,9 +259,6 @@ impl Cpu {
             BIOS_SIGN => {}
             // IBPB; there is no predictor.
             PRED_CMD => return (value & !1 == 0).then_some(()),
-            DEBUGCTL => self.msrs.debugctl = when(value & !DEBUGCTL_BITS == 0, value)?,
-            MCG_STATUS => self.msrs.mcg_status = when(value & !7 == 0, value)?,
-            AMD_HWCR => self.msrs.amd_hwcr = when(value >> 32 == 0, value)?,
             PLATFORM_ID | FEATURE_CONTROL | PLATFORM_INFO | ARCH_CAPABILITIES | MCG_CAP
             | AMD_SYSCFG | AMD_DE_CFG => return None,
             _ => self.msrs = self.msrs_with(index, value)?,
@@ -306,6 +304,9 @@ impl Msrs {
                 let known = MISC_FAST_STRINGS | MISC_UNAVAILABLE | monitor;
                 self.misc_enable = when(value & !known == 0, value)? | MISC_UNAVAILABLE;
             }
+            DEBUGCTL => self.debugctl = when(value & !DEBUGCTL_BITS == 0, value)?,
+            MCG_STATUS => self.mcg_status = when(value & !7 == 0, value)?,
+            AMD_HWCR => self.amd_hwcr = when(value >> 32 == 0, value)?,
             PAT => self.pat = when(pat_valid(value), value)?,
             XSS => return (value == 0).then_some(()),
             STAR => self.star = value,
@@ -368,5 +369,26 @@ mod tests {
         let list: Vec<u32> = saved_msrs(&model).collect();
         assert!(list.is_sorted() && list.len() > 30);
         assert!(list.iter().all(|&index| exists(&model, index)));
+    }
+
+    #[test]
+    fn what_can_be_written_is_saved() {
+        use vmkit_hypervisor::FeatureSet;
+        let rich = CpuModel::with_features("rich", crate::features());
+        let features = FeatureSet::of(&[Feature::Syscall, Feature::Rdpid, Feature::Mca]);
+        let bare = CpuModel::with_features("bare", features);
+        for vendor in [Vendor::Intel, Vendor::Amd] {
+            for model in [&rich, &bare] {
+                let mut model = model.clone();
+                model.vendor = vendor;
+                let saved: Vec<u32> = saved_msrs(&model).collect();
+                for index in (0..0x2000).chain(0xC000_0000..0xC001_2000) {
+                    // What a register that is nothing but its value can take.
+                    let mut msrs = Msrs::new();
+                    let takes = (0..64).any(|bit| msrs.set(&model, index, 1 << bit).is_some());
+                    assert!(!takes || saved.contains(&index), "{index:#x}");
+                }
+            }
+        }
     }
 }
