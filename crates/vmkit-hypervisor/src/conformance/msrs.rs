@@ -40,6 +40,7 @@ cases! { "msrs":
     tsc_adjust_follows_tsc "Intel SDM vol. 3B §18.17.3" [Need::Feature(Feature::TscAdjust)];
     rdtsc_is_privileged_with_tsd "Intel SDM vol. 2B, RDTSC";
     fast_strings_are_on_after_reset "Intel SDM vol. 4, IA32_MISC_ENABLE";
+    misc_enable_takes_the_bits_of_real_processors "Intel SDM vol. 4, IA32_MISC_ENABLE";
     mtrrs_are_there "Intel SDM vol. 3A §12.11" [Need::Feature(Feature::Mtrr)];
 }
 
@@ -538,6 +539,33 @@ fn fast_strings_are_on_after_reset(hypervisor: &dyn Hypervisor) -> Result<(), Fa
         Ok(())
     })?;
     ensure_eq!(guest.cpu.finish(&mut Recorder::new())?, 1, "bit 0 of IA32_MISC_ENABLE");
+    Ok(())
+}
+
+fn misc_enable_takes_the_bits_of_real_processors(
+    hypervisor: &dyn Hypervisor,
+) -> Result<(), Failure> {
+    // Thermal control, SpeedStep, the limit of CPUID; no execute-disable.
+    const BITS: u64 = 1 << 3 | 1 << 16 | 1 << 22 | 1 << 34;
+    let mut guest = Guest::long(hypervisor)?;
+    guest.load(|a| {
+        asm! { a;
+            mov ecx, 0x1A0;
+            rdmsr;
+            // Performance monitoring, which is read-only, is as it was.
+            or eax, BITS as u32;
+            or edx, (BITS >> 32) as u32;
+            wrmsr;
+            rdmsr;
+            mov ebx, eax;
+            mov esi, edx;
+            stop;
+        };
+        Ok(())
+    })?;
+    guest.cpu.finish(&mut Recorder::new())?;
+    let value = guest.cpu.register(6)? << 32 | guest.cpu.register(RBX)?;
+    ensure_eq!(value & BITS, BITS, "bits of IA32_MISC_ENABLE");
     Ok(())
 }
 

@@ -67,8 +67,12 @@ const PAT_RESET: u64 = 0x0007_0406_0007_0406;
 const MISC_FAST_STRINGS: u64 = 1;
 /// No branch trace store, no PEBS: read-only.
 const MISC_UNAVAILABLE: u64 = 1 << 11 | 1 << 12;
-/// MONITOR is enabled.
-const MISC_MONITOR: u64 = 1 << 18;
+/// Read-only: those, and performance monitoring.
+const MISC_READ_ONLY: u64 = MISC_UNAVAILABLE | 1 << 7;
+/// Kept and of no effect beside fast strings: thermal control, SpeedStep, MONITOR, the limit of CPUID,
+/// xTPR messages, no execute-disable, no turbo.
+const MISC_KEPT: u64 =
+    MISC_FAST_STRINGS | 1 << 3 | 1 << 16 | 1 << 18 | 1 << 22 | 1 << 23 | 1 << 34 | 1 << 38;
 /// The microcode revision that BIOS_SIGN tells, in its upper half.
 const MICROCODE: u64 = 0x1_0000;
 /// DEBUGCTL.LBR and BTF.
@@ -300,9 +304,8 @@ impl Msrs {
             SYSENTER_ESP => self.sysenter_esp = when(canonical(value), value)?,
             SYSENTER_EIP => self.sysenter_eip = when(canonical(value), value)?,
             MISC_ENABLE => {
-                let monitor = if model.has(Feature::Monitor) { MISC_MONITOR } else { 0 };
-                let known = MISC_FAST_STRINGS | MISC_UNAVAILABLE | monitor;
-                self.misc_enable = when(value & !known == 0, value)? | MISC_UNAVAILABLE;
+                let fine = value & !(MISC_KEPT | MISC_READ_ONLY) == 0;
+                self.misc_enable = when(fine, value & MISC_KEPT)? | MISC_UNAVAILABLE;
             }
             DEBUGCTL => self.debugctl = when(value & !DEBUGCTL_BITS == 0, value)?,
             MCG_STATUS => self.mcg_status = when(value & !7 == 0, value)?,
