@@ -350,6 +350,8 @@ mod tests {
         // Forged, by a port with an address and by one without.
         refused(&mut c, &frame(2, 1, 10));
         refused(&mut open, &frame(2, 1, 20));
+        // Nobody's, and not its own either.
+        refused(&mut c, &frame(2, 7, 10));
         b.send(&frame(1, 2, 30), &nothing).unwrap();
         let all = |ports: [&mut dyn NetBackend; 4]| ports.map(heard);
         assert_eq!(all([&mut a, &mut b, &mut c, &mut open]), [Some(30), None, None, None]);
