@@ -100,7 +100,14 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// [`DeviceError::Host`] if a thread or descriptor cannot be had.
     fn start(&self) -> Result<(), DeviceError>;
-    /// Ends work in the background; when this returns, guest memory and wires are left alone.
+    /// The machine is about to be paused or is ending, and its vCPUs are wanted out of the guest. An
+    /// access that waits for the host (a console's write for its reader) completes now, and those that
+    /// still come do not wait, until the next [`start`](Self::start). Called from any thread, while
+    /// accesses may be inside, and perhaps several times. A device whose accesses never wait does
+    /// nothing.
+    fn stop_waiting(&self) {}
+    /// Ends work in the background; when this returns, guest memory and wires are left alone. No access
+    /// is inside.
     fn pause(&self);
     /// Back to the state of power-on.
     fn reset(&self);

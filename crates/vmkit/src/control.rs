@@ -140,12 +140,15 @@ impl Control {
         if state.outcome.is_some() { Gate::Leave } else { Gate::Run }
     }
 
-    /// Begins a pause and waits until no vCPU runs.
-    pub(crate) fn pause(&self) {
+    /// Begins a pause, has `release` let vCPUs go that wait inside an access, and waits until no vCPU
+    /// runs.
+    pub(crate) fn pause(&self, release: impl FnOnce()) {
         let mut state = self.lock();
         state.pauses += 1;
         drop(state);
         self.kick_all();
+        // Not before: the end of an earlier pause would undo it and let the vCPUs run.
+        release();
         // A vCPU that waits in `dead` must see the pause too.
         self.changed.notify_all();
         state = self.lock();
@@ -270,14 +273,28 @@ impl Control {
         self.lock().outcome.clone()
     }
 
+    /// Waits until the machine is ending, or until `deadline`. Its vCPUs may be inside an access.
+    pub(crate) fn wait_ending(&self, deadline: Option<Instant>) -> Option<()> {
+        self.wait_until(deadline, |state| state.outcome.is_some().then_some(()))
+    }
+
     /// Waits until the machine has ended and every vCPU thread has left, or until `deadline`.
     pub(crate) fn wait_end(&self, deadline: Option<Instant>) -> Option<Result<End, VmError>> {
+        self.wait_until(deadline, |state| {
+            let outcome = state.outcome.as_ref().filter(|_| state.live == 0)?;
+            Some(outcome.clone().map_err(VmError::from))
+        })
+    }
+
+    fn wait_until<T>(
+        &self,
+        deadline: Option<Instant>,
+        look: impl Fn(&State) -> Option<T>,
+    ) -> Option<T> {
         let mut state = self.lock();
         loop {
-            if state.live == 0
-                && let Some(outcome) = &state.outcome
-            {
-                return Some(outcome.clone().map_err(VmError::from));
+            if let Some(found) = look(&state) {
+                return Some(found);
             }
             state = match deadline {
                 None => self.wait(state),
@@ -330,7 +347,7 @@ mod tests {
             })
             .collect();
         for _ in 0..3 {
-            control.pause();
+            control.pause(|| ());
             let at = rounds.load(std::sync::atomic::Ordering::SeqCst);
             std::thread::sleep(Duration::from_millis(3));
             assert_eq!(rounds.load(std::sync::atomic::Ordering::SeqCst), at);
@@ -354,7 +371,7 @@ mod tests {
                 })
             })
             .collect();
-        control.pause();
+        control.pause(|| ());
         // Something else has changed, which concerns neither.
         control.changed.notify_all();
         let (rounds, mut disturbed) = (20, 0);
@@ -428,7 +445,7 @@ mod tests {
         let control = control(2);
         control.dead(0, true, control.epoch());
         let looked = control.epoch();
-        control.pause();
+        control.pause(|| ());
         // It may have woken the first one just before, and is not heard.
         control.dead(1, true, looked);
         control.resume();

@@ -10,12 +10,12 @@ use vmkit_guest::Guest;
 use vmkit_hypervisor::{Capabilities, CpuModel, MapId, Partition};
 use vmkit_memory::{GuestRam, MemoryRegion, RamLayout};
 
-use crate::VmError;
 use crate::control::Control;
 use crate::error::RunFailure;
 use crate::io::VcpuStats;
 use crate::timeline::Recorder;
 use crate::vcpu_thread::{self, Slot};
+use crate::{End, VmError};
 
 /// How often to look for vCPUs that can never run again, where their runs do not return.
 const DEAD_WATCH: Duration = Duration::from_millis(500);
@@ -127,10 +127,22 @@ impl Machine {
         }
     }
 
+    /// Lets vCPUs go that wait inside an access.
+    fn release(&self) {
+        self.devices.iter().for_each(|device| device.stop_waiting());
+    }
+
+    /// Waits until the machine has ended and every vCPU thread has left, or until `deadline`.
+    pub(crate) fn wait_end(&self, deadline: Option<Instant>) -> Option<Result<End, VmError>> {
+        self.control.wait_ending(deadline)?;
+        self.release();
+        self.control.wait_end(deadline)
+    }
+
     /// Waits until every vCPU thread has left, which they do once the machine has ended, and stops
     /// the devices. A second call changes nothing.
     pub(crate) fn settle(&self) {
-        let _ = self.control.wait_end(None);
+        let _ = self.wait_end(None);
         let mut threads = self.threads();
         for thread in threads.own.drain(..) {
             // A device may drop the machine on a vCPU's own thread, which cannot wait for itself.
@@ -145,7 +157,7 @@ impl Machine {
 
     /// Brings vCPUs, devices and guest time to a stand.
     pub(crate) fn pause(&self) {
-        self.control.pause();
+        self.control.pause(|| self.release());
         let mut threads = self.threads();
         threads.pauses += 1;
         self.stop_devices(&mut threads);

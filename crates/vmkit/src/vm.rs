@@ -127,7 +127,7 @@ impl RunningVm {
     /// # Errors
     /// As [`wait`](Self::wait).
     pub fn wait_timeout(&self, timeout: Duration) -> Result<Option<End>, VmError> {
-        match self.machine.control.wait_end(Instant::now().checked_add(timeout)) {
+        match self.machine.wait_end(Instant::now().checked_add(timeout)) {
             None => Ok(None),
             Some(outcome) => {
                 self.machine.settle();
