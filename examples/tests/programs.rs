@@ -4,7 +4,8 @@
 
 use std::io::{Read, Write};
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::NamedTempFile;
@@ -90,6 +91,42 @@ fn a_signal_stops_the_guest() {
     assert_eq!(&said, b"!");
     kill_process(Pid::from_child(&child), Signal::INT).unwrap();
     assert_eq!(child.wait().unwrap().code(), Some(130));
+}
+
+/// Waits for the end of `child`, which must come.
+fn end_of(child: &mut Child) -> ExitStatus {
+    let begin = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status;
+        }
+        let patient = begin.elapsed() < Duration::from_secs(120);
+        if !patient {
+            child.kill().unwrap();
+        }
+        assert!(patient, "the program does not end");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_guest_whose_output_nobody_reads_can_be_ended() {
+    // mov dx, 0x3f8; again: out dx, al; jmp again
+    let guest = file(&[0x66, 0xBA, 0xF8, 0x03, 0xEE, 0xEB, 0xFD]);
+    let start = |options: &[&str]| {
+        let mut command = program("run_guest");
+        command.arg(guest.path()).args(["--backend", "soft"]).args(options);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    // More than enough to fill a pipe.
+    let mut child = start(&["--timeout", "1"]);
+    assert_eq!(end_of(&mut child).code(), Some(124));
+    let mut child = start(&[]);
+    let mut said = [0];
+    child.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    assert_eq!(end_of(&mut child).code(), Some(143));
 }
 
 #[test]

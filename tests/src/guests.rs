@@ -88,6 +88,16 @@ pub fn say(code: &mut CodeAssembler, text: &str) {
     }
 }
 
+/// Writes 0, 1, 2 and so on to the first serial port, 255 before 0, for ever.
+pub fn print(code: &mut CodeAssembler) {
+    code.mov(dx, 0x3F8_u32).expect("valid");
+    code.xor(eax, eax).expect("valid");
+    let again = label_here(code);
+    code.out(dx, al).expect("valid");
+    code.inc(al).expect("valid");
+    code.jmp(again).expect("valid");
+}
+
 /// Reads `port` (32 bits) and writes what came to `0x10_0000`.
 pub fn read_port_to_memory(code: &mut CodeAssembler, port: u16) {
     code.mov(edx, u32::from(port)).expect("valid");

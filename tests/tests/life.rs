@@ -2,10 +2,11 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "tests")]
 
+use std::io::{PipeReader, Read};
 use std::time::Duration;
 
 use vmkit::memory::{Bytes, GuestAddress, GuestRam};
-use vmkit::{DirtyLog, End, StateSet};
+use vmkit::{BackendKind, DirtyLog, End, OutputProbe, RunningVm, Serial, SerialOutput, StateSet};
 use vmkit_tests::guests::{self, COUNTER, counting, long_mode, spin};
 use vmkit_tests::{PATIENCE, backends, bare, end_of};
 
@@ -66,6 +67,94 @@ fn nothing_moves_during_a_pause_and_all_goes_on_after_it() {
             before = await_counting(&memory, at);
         }
         vm.stop().unwrap();
+    }
+}
+
+/// A guest that writes for ever to a pipe, started; what it has written; and the pipe.
+fn printing(backend: BackendKind) -> (RunningVm, OutputProbe, PipeReader) {
+    let (reader, writer) = std::io::pipe().unwrap();
+    let serial = Serial::com1().output(SerialOutput::writer(writer));
+    let probe = serial.probe();
+    let vm = bare(backend, long_mode(guests::print)).device(serial).build().unwrap();
+    (vm.start().unwrap(), probe, reader)
+}
+
+/// Waits until the guest does not get any further, which is when the pipe is full. A machine that is
+/// loaded enough to deceive this makes the tests easier and no less right.
+fn await_full(probe: &OutputProbe) {
+    let began = std::time::Instant::now();
+    let mut before = 0;
+    loop {
+        std::thread::sleep(Duration::from_millis(50));
+        let written = probe.written();
+        if written > 0 && written == before {
+            return;
+        }
+        assert!(began.elapsed() < PATIENCE, "the pipe does not get full");
+        before = written;
+    }
+}
+
+/// Calls `act`, which must end.
+fn ends<T: Send + 'static>(what: &str, act: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || sender.send(act()));
+    receiver.recv_timeout(PATIENCE).unwrap_or_else(|_| panic!("{what} does not end"))
+}
+
+#[test]
+fn output_that_nobody_reads_holds_up_neither_a_pause_nor_the_end() {
+    for backend in backends() {
+        let (vm, probe, mut reader) = printing(backend);
+        await_full(&probe);
+        let vm = ends("a pause", move || {
+            vm.pause().resume().unwrap();
+            vm
+        });
+        let handle = vm.handle();
+        let vm = ends("a wait", move || {
+            std::thread::spawn(move || handle.stop());
+            assert_eq!(vm.wait().unwrap(), End::Stopped, "{backend}");
+            vm
+        });
+        assert_eq!(probe.lost(), 0, "{backend}");
+        ends("a drop", move || drop(vm));
+        // What came arrives in order, after the pause as before it.
+        let mut bytes = Vec::new();
+        reader.read_to_end(&mut bytes).unwrap();
+        assert!(bytes.len() as u64 >= probe.written(), "{backend}");
+        assert!(bytes.iter().zip(0_usize..).all(|(&b, at)| b == at as u8), "{backend}");
+
+        let (vm, probe, _reader) = printing(backend);
+        await_full(&probe);
+        ends("a drop", move || drop(vm));
+    }
+}
+
+#[test]
+fn a_pause_costs_no_output() {
+    for backend in backends() {
+        let (vm, probe, mut reader) = printing(backend);
+        await_full(&probe);
+        let vm = ends("a pause", move || {
+            vm.pause().resume().unwrap();
+            vm
+        });
+        let reader = std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            reader.read_to_end(&mut bytes).unwrap();
+            bytes
+        });
+        let before = probe.written();
+        let began = std::time::Instant::now();
+        while probe.written() <= before + (100 << 10) {
+            assert!(began.elapsed() < PATIENCE, "{backend}: the guest does not go on");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        drop(vm);
+        let bytes = reader.join().unwrap();
+        assert_eq!((bytes.len() as u64, probe.lost()), (probe.written(), 0), "{backend}");
+        assert!(bytes.iter().zip(0_usize..).all(|(&b, at)| b == at as u8), "{backend}");
     }
 }
 

@@ -112,6 +112,10 @@ impl Device for DebugConsole {
         self.0.start(DEBUG_CONSOLE)
     }
 
+    fn stop_waiting(&self) {
+        self.0.release();
+    }
+
     fn pause(&self) {
         self.0.pause();
     }

@@ -1,21 +1,26 @@
 //! Where a byte-wise console's output goes, and when.
 //!
 //! Guests write consoles a byte at a time; a host write per byte would cost more than the guest's
-//! own work. Bytes therefore gather in a small buffer that is written at each newline, when it is
+//! own work. Bytes therefore gather in a small buffer that is passed on at each newline, when it is
 //! full, and by a thread of its own a few milliseconds after output paused without a newline (a
 //! prompt). A capture buffer or a sink needs none of this and gets each byte at once.
+//!
+//! A writer may block for as long as it likes, so only that thread calls it ([`backlog`]).
+
+mod backlog;
 
 use std::collections::VecDeque;
 use std::fmt;
 use std::io::{self, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use vmkit_device::{DeviceError, thread_builder};
 
 use crate::access::lock;
+use backlog::{Backlog, Hands, LIMITS, Limits, Turn, Writer};
 
 /// Longest run of bytes held back.
 const BUFFER: usize = 4096;
@@ -43,7 +48,7 @@ pub struct SerialOutput {
 enum Target {
     Sink,
     Capture(Capture),
-    Writer(Box<dyn Write + Send>),
+    Writer(Writer),
 }
 
 impl SerialOutput {
@@ -57,8 +62,16 @@ impl SerialOutput {
         Self::writer(io::stdout())
     }
 
-    /// Any writer. It is called from vCPU threads: while it blocks, the guest's write blocks. What
-    /// it refuses is lost, counted, and logged once.
+    /// Any writer. It may block: it is called from a thread of its own. What it refuses is lost,
+    /// counted, and logged once. If it panics, the machine ends as it does when a device panics, once
+    /// the guest begins another line.
+    ///
+    /// While the machine runs nothing is lost to a reader that is slow or does not read: with 16 KiB
+    /// on their way, the guest waits. Who pauses, stops or drops the machine does not wait with it. It
+    /// waits until all output is written, but no longer than one second in which the writer takes nothing,
+    /// and ten seconds in all (each for every such output). A pause leaves the rest on its way; when
+    /// the machine is dropped, the rest is [lost](OutputProbe::lost), and a thread that is still inside
+    /// the writer is left to itself, with the writer and nothing else, until that returns.
     pub fn writer(writer: impl Write + Send + 'static) -> Self {
         Self { target: Target::Writer(Box::new(writer)) }
     }
@@ -71,17 +84,6 @@ impl SerialOutput {
 
     fn is_immediate(&self) -> bool {
         !matches!(self.target, Target::Writer(_))
-    }
-
-    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
-        match &mut self.target {
-            Target::Sink => Ok(()),
-            Target::Capture(capture) => {
-                capture.append(bytes);
-                Ok(())
-            }
-            Target::Writer(writer) => writer.write_all(bytes).and_then(|()| writer.flush()),
-        }
     }
 }
 
@@ -237,7 +239,8 @@ impl OutputProbe {
         lock(&self.figures).written
     }
 
-    /// Bytes the output refused, and those over which it or a watcher panicked.
+    /// Bytes the output refused, those over which it or a watcher panicked, and those it had not
+    /// taken when the machine was dropped (of which a last piece may have reached it in part).
     pub fn lost(&self) -> u64 {
         lock(&self.figures).lost
     }
@@ -247,126 +250,159 @@ impl OutputProbe {
 pub(crate) type Watcher = Box<dyn FnMut(&[u8]) + Send>;
 
 /// The host's end of a console: an output, those who watch it, and the thread that keeps a prompt
-/// from waiting. Its lock is never taken inside a device's, so a watcher may call the device.
+/// from waiting and a vCPU from being kept. Its locks are never taken inside a device's, so a watcher
+/// may call the device.
 pub(crate) struct Outlet {
     shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 struct Shared {
-    state: Mutex<State>,
-    wake: Condvar,
+    line: Mutex<Line>,
+    backlog: Backlog,
     immediate: bool,
 }
 
-struct State {
-    output: SerialOutput,
+/// The line that has begun, and who sees it first. Its lock is held while a watcher is called.
+struct Line {
+    bytes: Vec<u8>,
     watchers: Vec<Watcher>,
+    capture: Option<Capture>,
+    /// What the watchers have seen goes to a writer.
+    queued: bool,
     probe: OutputProbe,
-    buffer: Vec<u8>,
     begun: bool,
-    complained: bool,
-    /// The thread waits for a first byte (and not for the idle time to pass).
-    parked: bool,
-    stopping: bool,
 }
 
-impl State {
-    fn flush(&mut self) {
-        if self.buffer.is_empty() {
+impl Line {
+    /// Shows the line to the watchers and passes it on.
+    fn pass_on(&mut self, backlog: &Backlog) {
+        if self.bytes.is_empty() {
             return;
         }
         // Whoever takes the bytes next finds them gone, even if a callback panics: to show them again
         // in the destructor that follows would be a second panic, which ends the process.
-        let mut bytes = std::mem::take(&mut self.buffer);
-        let len = bytes.len() as u64;
+        let mut bytes = std::mem::take(&mut self.bytes);
         let shown = catch_unwind(AssertUnwindSafe(|| {
             self.watchers.iter_mut().for_each(|watcher| watcher(&bytes));
-            self.output.write(&bytes)
         }));
+        if let (Ok(()), Some(capture)) = (&shown, &self.capture) {
+            capture.append(&bytes);
+        }
+        let len = bytes.len() as u64;
+        match &shown {
+            Ok(()) if self.queued => {}
+            Ok(()) => lock(&self.probe.figures).written += len,
+            Err(_) => lock(&self.probe.figures).lost += len,
+        }
+        if self.queued && shown.is_ok() {
+            backlog.end_line(&bytes);
+        } else if self.queued || !self.watchers.is_empty() {
+            backlog.end_line(&[]);
+        }
         bytes.clear();
-        self.buffer = bytes;
-        let mut figures = lock(&self.probe.figures);
-        match shown {
-            Ok(Ok(())) => figures.written += len,
-            Ok(Err(error)) => {
-                figures.lost += len;
-                if !std::mem::replace(&mut self.complained, true) {
-                    log::warn!("console output is lost: {error}");
-                }
-            }
+        self.bytes = bytes;
+        if let Err(panic) = shown {
             // The panic's own message has been printed.
-            Err(panic) => {
-                figures.lost += len;
-                drop(figures);
-                resume_unwind(panic);
-            }
+            resume_unwind(panic);
         }
     }
 }
 
 impl Outlet {
     pub(crate) fn new(output: SerialOutput, watchers: Vec<Watcher>, probe: OutputProbe) -> Self {
+        Self::with_limits(output, watchers, probe, LIMITS)
+    }
+
+    fn with_limits(
+        output: SerialOutput,
+        watchers: Vec<Watcher>,
+        probe: OutputProbe,
+        limits: Limits,
+    ) -> Self {
         let immediate = output.is_immediate() && watchers.is_empty();
-        let state = State {
-            output,
-            watchers,
-            probe,
-            buffer: Vec::with_capacity(BUFFER),
-            begun: false,
-            complained: false,
-            parked: false,
-            stopping: false,
+        let (capture, writer) = match output.target {
+            Target::Sink => (None, None),
+            Target::Capture(capture) => (Some(capture), None),
+            Target::Writer(writer) => (None, Some(writer)),
         };
-        let shared = Shared { state: Mutex::new(state), wake: Condvar::new(), immediate };
+        let line = Line {
+            bytes: Vec::with_capacity(BUFFER),
+            watchers,
+            capture,
+            queued: writer.is_some(),
+            probe: probe.clone(),
+            begun: false,
+        };
+        let backlog = Backlog::new(writer, limits, probe);
+        let shared = Shared { line: Mutex::new(line), backlog, immediate };
         Self { shared: Arc::new(shared), thread: Mutex::default() }
     }
 
-    /// Takes one byte of the guest's.
+    /// Takes one byte of the guest's. Waits while too many are on their way, unless the machine is
+    /// about to pause or end.
     pub(crate) fn put(&self, byte: u8) {
-        let mut state = lock(&self.shared.state);
-        if !std::mem::replace(&mut state.begun, true) {
-            lock(&state.probe.figures).first = Some(Instant::now());
+        let Shared { line, backlog, immediate } = &*self.shared;
+        // Without the lock, which the thread may want before it makes room.
+        backlog.await_room();
+        let mut line = lock(line);
+        if !std::mem::replace(&mut line.begun, true) {
+            lock(&line.probe.figures).first = Some(Instant::now());
         }
-        state.buffer.push(byte);
-        if self.shared.immediate || byte == b'\n' || state.buffer.len() >= BUFFER {
-            state.flush();
-        } else if std::mem::replace(&mut state.parked, false) {
-            self.shared.wake.notify_one();
+        line.bytes.push(byte);
+        if *immediate {
+            return line.pass_on(backlog);
+        }
+        let panic = if line.bytes.len() == 1 { backlog.begin_line() } else { None };
+        if byte == b'\n' || line.bytes.len() >= BUFFER {
+            line.pass_on(backlog);
+        }
+        if let Some(panic) = panic {
+            drop(line);
+            resume_unwind(panic);
         }
     }
 
     /// Starts the thread that writes what waits.
     pub(crate) fn start(&self, device: &str) -> Result<(), DeviceError> {
         let mut thread = lock(&self.thread);
-        if self.shared.immediate || thread.is_some() {
+        if self.shared.immediate || !self.shared.backlog.start() {
             return Ok(());
         }
-        lock(&self.shared.state).stopping = false;
         let shared = self.shared.clone();
-        let handle = thread_builder(format!("{device}-out"))
-            .spawn(move || shared.write_when_idle())
-            .map_err(|source| DeviceError::Host {
-                device: device.into(),
-                what: "cannot start its output thread".into(),
-                source,
-            })?;
+        let handle = thread_builder(format!("{device}-out")).spawn(move || shared.work()).map_err(
+            |source| {
+                self.shared.backlog.failed_start();
+                DeviceError::Host {
+                    device: device.into(),
+                    what: "cannot start its output thread".into(),
+                    source,
+                }
+            },
+        )?;
+        // One that an earlier pause gave up on has ended meanwhile, or there would be no new one.
         *thread = Some(handle);
         Ok(())
     }
 
-    /// Writes all that waits and ends the thread.
+    /// Lets vCPUs go that wait for room.
+    pub(crate) fn release(&self) {
+        self.shared.backlog.release();
+    }
+
+    /// Has all that waits written and ends the thread, as far as the writer lets that happen in time.
     pub(crate) fn pause(&self) {
-        let thread = lock(&self.thread).take();
-        let mut state = lock(&self.shared.state);
-        state.stopping = true;
-        // An embedder's callback that panics here has said so itself, as it has in the thread. Its
-        // panic is no word about the machine that is paused or dropped, perhaps by another panic.
-        let _ = catch_unwind(AssertUnwindSafe(|| state.flush()));
-        drop(state);
-        self.shared.wake.notify_one();
-        if let Some(thread) = thread {
-            // It can only have panicked in an embedder's callback, which has said so itself.
+        let Shared { line, backlog, immediate } = &*self.shared;
+        if *immediate {
+            return;
+        }
+        let mut thread = lock(&self.thread);
+        // An embedder's callback that panics here has said so itself. Its panic is no word about the
+        // machine that is paused or dropped, perhaps by another panic.
+        let _ = catch_unwind(AssertUnwindSafe(|| lock(line).pass_on(backlog)));
+        if backlog.drain()
+            && let Some(thread) = thread.take()
+        {
             let _ = thread.join();
         }
     }
@@ -375,175 +411,25 @@ impl Outlet {
 impl Drop for Outlet {
     fn drop(&mut self) {
         self.pause();
+        self.shared.backlog.abandon();
+        // A thread that stays behind keeps nothing of the embedder's but the writer.
+        let watchers = std::mem::take(&mut lock(&self.shared.line).watchers);
+        drop(watchers);
     }
 }
 
 impl Shared {
-    fn write_when_idle(&self) {
-        let mut state = lock(&self.state);
-        while !state.stopping {
-            if state.buffer.is_empty() {
-                state.parked = true;
-                state = self.wake.wait(state).unwrap_or_else(PoisonError::into_inner);
-                state.parked = false;
-            } else {
-                state =
-                    self.wake.wait_timeout(state, IDLE).unwrap_or_else(PoisonError::into_inner).0;
-                state.flush();
+    /// The thread.
+    fn work(&self) {
+        let mut hands = Hands::default();
+        while let Turn::Idle = self.backlog.work(&mut hands) {
+            let passed = AssertUnwindSafe(|| lock(&self.line).pass_on(&self.backlog));
+            if let Err(panic) = catch_unwind(passed) {
+                self.backlog.keep_panic(panic);
             }
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[derive(Clone, Default)]
-    struct Writes(Arc<Mutex<Vec<Vec<u8>>>>);
-    impl Write for Writes {
-        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            lock(&self.0).push(bytes.to_vec());
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> io::Result<()> {
-            Ok(())
-        }
-    }
-
-    fn outlet(output: SerialOutput) -> (Outlet, OutputProbe) {
-        let probe = OutputProbe::default();
-        (Outlet::new(output, Vec::new(), probe.clone()), probe)
-    }
-
-    fn put_all(outlet: &Outlet, bytes: &[u8]) {
-        bytes.iter().for_each(|&b| outlet.put(b));
-    }
-
-    #[test]
-    fn a_line_is_one_host_write() {
-        let writes = Writes::default();
-        let (outlet, probe) = outlet(SerialOutput::writer(writes.clone()));
-        put_all(&outlet, b"Linux version 6\nnext");
-        assert_eq!(*lock(&writes.0), [b"Linux version 6\n".to_vec()]);
-        assert_eq!(probe.written(), 16);
-        drop(outlet);
-        assert_eq!(lock(&writes.0)[1], b"next");
-    }
-
-    #[test]
-    fn a_line_without_end_is_written_in_pieces_and_held_bounded() {
-        let writes = Writes::default();
-        let (outlet, probe) = outlet(SerialOutput::writer(writes.clone()));
-        put_all(&outlet, &[b'x'; 3 * BUFFER + 1]);
-        assert_eq!(probe.written(), 3 * BUFFER as u64);
-        assert_eq!(lock(&outlet.shared.state).buffer.len(), 1);
-    }
-
-    #[test]
-    fn a_prompt_without_newline_does_not_wait_for_more() {
-        let capture = Capture::with_limit(100);
-        let sink = capture.clone();
-        let watcher: Watcher = Box::new(move |bytes| sink.append(bytes));
-        let outlet = Outlet::new(SerialOutput::sink(), vec![watcher], OutputProbe::default());
-        outlet.start("serial0").unwrap();
-        for round in 0..3 {
-            std::thread::sleep(2 * IDLE);
-            put_all(&outlet, format!("{round}# ").as_bytes());
-            // Generous, for a loaded machine; without the thread it would never come.
-            assert!(capture.wait_for(&format!("{round}# "), Duration::from_secs(5)));
-        }
-    }
-
-    #[test]
-    fn pausing_writes_what_waits_and_ends_the_thread() {
-        let writes = Writes::default();
-        let (outlet, _) = outlet(SerialOutput::writer(writes.clone()));
-        for _ in 0..2 {
-            outlet.start("serial0").unwrap();
-            put_all(&outlet, b"$ ");
-            outlet.pause();
-            assert!(lock(&outlet.thread).is_none());
-        }
-        assert_eq!(lock(&writes.0).concat(), b"$ $ ");
-    }
-
-    #[test]
-    fn refused_output_is_counted_and_not_kept() {
-        struct Closed;
-        impl Write for Closed {
-            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
-                Err(io::ErrorKind::BrokenPipe.into())
-            }
-            fn flush(&mut self) -> io::Result<()> {
-                Ok(())
-            }
-        }
-        let (outlet, probe) = outlet(SerialOutput::writer(Closed));
-        put_all(&outlet, b"ab\ncd\n");
-        assert_eq!((probe.written(), probe.lost()), (0, 6));
-        assert!(probe.first_byte().is_some());
-    }
-
-    #[test]
-    fn bytes_over_which_a_callback_panics_are_not_shown_again() {
-        struct Panics(Arc<Mutex<Vec<u8>>>);
-        impl Write for Panics {
-            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-                lock(&self.0).extend(bytes);
-                panic!("an embedder's bug");
-            }
-            fn flush(&mut self) -> io::Result<()> {
-                Ok(())
-            }
-        }
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        for watched in [false, true] {
-            let mut callback = Panics(seen.clone());
-            let probe = OutputProbe::default();
-            let outlet = if watched {
-                let watcher: Watcher = Box::new(move |bytes| drop(callback.write(bytes)));
-                Outlet::new(SerialOutput::sink(), vec![watcher], probe.clone())
-            } else {
-                Outlet::new(SerialOutput::writer(callback), Vec::new(), probe.clone())
-            };
-            outlet.put(b'a');
-            let line = catch_unwind(AssertUnwindSafe(|| outlet.put(b'\n')));
-            assert!(line.is_err(), "who writes hears of it");
-            assert_eq!(std::mem::take(&mut *lock(&seen)), b"a\n");
-            assert_eq!(lock(&outlet.shared.state).buffer.capacity(), BUFFER);
-            outlet.put(b'b');
-            // Whoever pauses does not, and the destructor finds nothing.
-            outlet.pause();
-            drop(outlet);
-            assert_eq!(std::mem::take(&mut *lock(&seen)), b"b");
-            assert_eq!((probe.written(), probe.lost()), (0, 3));
-        }
-    }
-
-    #[test]
-    fn waiting_finds_text_that_comes_in_pieces_and_gives_up_in_time() {
-        let capture = Capture::with_limit(64);
-        let writer = capture.clone();
-        let thread = std::thread::spawn(move || {
-            for &byte in b"..........................................Debian login: " {
-                writer.append(&[byte]);
-                std::thread::sleep(Duration::from_micros(300));
-            }
-        });
-        assert!(capture.wait_for("login:", Duration::MAX));
-        thread.join().unwrap();
-        assert!(capture.wait_for("Debian", Duration::ZERO));
-        assert!(!capture.wait_for("root@", Duration::from_millis(5)));
-    }
-
-    #[test]
-    fn a_capture_keeps_the_newest_bytes() {
-        let capture = Capture::with_limit(4);
-        let (outlet, _) = outlet(capture.clone().into());
-        put_all(&outlet, b"abcdef");
-        assert_eq!((capture.text().as_str(), capture.dropped()), ("cdef", 2));
-        assert_eq!(capture.take(), b"cdef");
-        assert_eq!(capture.contents(), b"");
-    }
-}
+mod tests;

@@ -97,6 +97,10 @@ impl Vm {
 
 /// A machine that has been started. Dropping it stops it and waits for its threads.
 ///
+/// A host that does not read what the guest writes to a console may hold up the guest, but holds up a
+/// pause, the end and the drop no longer than the console's output says
+/// ([`SerialOutput::writer`](crate::SerialOutput::writer)).
+///
 /// All methods take `&self`: share it between threads by reference or in an [`Arc`]. None of them
 /// may be called from a device's callback, which runs on a vCPU's thread and would wait for itself;
 /// a [`VmHandle`] may be used there.
@@ -111,8 +115,9 @@ impl std::fmt::Debug for RunningVm {
 }
 
 impl RunningVm {
-    /// Waits until the machine ends and says why. When this returns, no vCPU or device thread runs.
-    /// Later calls answer the same at once.
+    /// Waits until the machine ends and says why. When this returns, no vCPU or device thread runs,
+    /// but for one that is inside the writer of a console whose reader does not read. Later calls
+    /// answer the same at once.
     ///
     /// # Errors
     /// [`VmError::Vcpu`] if the backend failed, [`VmError::VcpuPanicked`] if a device or vmkit did,

@@ -97,7 +97,8 @@ impl Serial {
     /// [`com1`](Self::com1) between the program's standard input and output.
     ///
     /// While the machine runs, a thread of its own reads standard input; it ends when the machine
-    /// pauses or is dropped. The terminal stays in the mode it is in.
+    /// pauses or is dropped. The terminal stays in the mode it is in. Standard output that nobody reads
+    /// holds up the guest, and for a moment whoever stops it: see [`SerialOutput::writer`].
     pub fn stdio() -> Self {
         let mut serial = Self::com1().output(SerialOutput::stdout());
         serial.source = Some(Source::Stdin);
@@ -258,6 +259,10 @@ impl Device for SerialDevice {
         self.core.settle(&mut inner);
         drop(inner);
         self.pump.as_ref().map_or(Ok(()), |pump| pump.start(&self.name))
+    }
+
+    fn stop_waiting(&self) {
+        self.outlet.release();
     }
 
     fn pause(&self) {
