@@ -40,6 +40,9 @@ ioctl_io_nr!(KVM_GET_TSC_KHZ, KVMIO, 0xA3);
 const IDENTITY_MAP: u64 = 0xFFFB_C000;
 const TSS: usize = 0xFFFB_D000;
 
+/// How often to try to make a VM that signals interrupt.
+const CREATE_ATTEMPTS: u32 = 100;
+
 /// What a partition and its vCPUs share. The VM's descriptor is closed before the memory that it
 /// shows goes.
 pub(crate) struct Shared {
@@ -70,7 +73,7 @@ impl KvmPartition {
         signal: KickSignal,
         has_doorbells: bool,
     ) -> Result<Self> {
-        let vm = Arc::new(kvm.create_vm().map_err(host_error("create a VM"))?);
+        let vm = Arc::new(create_vm(kvm).map_err(host_error("create a VM"))?);
         vm.set_identity_map_address(IDENTITY_MAP).map_err(host_error("place the identity map"))?;
         vm.set_tss_address(TSS).map_err(host_error("place the TSS"))?;
         let routes = Arc::new(match spec.interrupt_controllers {
@@ -144,6 +147,20 @@ impl KvmPartition {
         self.0.vm.get_irqchip(&mut chip).map_err(host_error("read an interrupt controller"))?;
         Ok(chip)
     }
+}
+
+/// Makes a VM. A signal for this thread, whoever's, makes KVM give up; but the next attempt starts with
+/// none pending, so that only as many signals as there are attempts could make it fail.
+fn create_vm(kvm: &Kvm) -> std::result::Result<VmFd, vmm_sys_util::errno::Error> {
+    let interrupted = |error: &vmm_sys_util::errno::Error| error.errno() == libc::EINTR;
+    let mut outcome = kvm.create_vm();
+    for _ in 1..CREATE_ATTEMPTS {
+        match &outcome {
+            Err(error) if interrupted(error) => outcome = kvm.create_vm(),
+            _ => break,
+        }
+    }
+    outcome
 }
 
 /// With 32-bit IDs the local APIC's saved page is the architecture's own in x2APIC mode too.
@@ -257,6 +274,6 @@ impl Partition for KvmPartition {
 
 /// The TSC frequency as a vCPU of a VM made for the purpose tells it.
 fn scratch_tsc_khz() -> Option<u32> {
-    let vcpu = Kvm::new().ok()?.create_vm().ok()?.create_vcpu(0).ok()?;
+    let vcpu = create_vm(&Kvm::new().ok()?).ok()?.create_vcpu(0).ok()?;
     vcpu.get_tsc_khz().ok()
 }

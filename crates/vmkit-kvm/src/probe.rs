@@ -79,6 +79,17 @@ pub enum ProbeFailure {
     Hung(ProbeStep),
 }
 
+impl ProbeFailure {
+    /// True if it is what this KVM does with the instruction, so that asking again is no use. False if
+    /// it may pass: a missing permission, too few descriptors, a signal, a host too busy.
+    pub fn is_lasting(&self) -> bool {
+        match self {
+            Self::Failed { .. } | Self::Wrong(_) => true,
+            Self::Unavailable(_) | Self::Hung(_) => false,
+        }
+    }
+}
+
 /// What the guest writes to [`REPORT`] when all went well.
 const DONE: u8 = 0x7F;
 /// Set in a report of a wrong result.

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 use vmkit_hypervisor::{Hypervisor, HypervisorError};
-use vmkit_kvm::KvmHypervisor;
+use vmkit_kvm::{KvmHypervisor, ProbeFailure};
 use vmkit_soft::SoftHypervisor;
 
 /// Which backend runs a machine.
@@ -12,7 +12,8 @@ use vmkit_soft::SoftHypervisor;
 #[non_exhaustive]
 pub enum Backend {
     /// KVM if it can run 64-bit kernels here ([`preflight`] tells), else the software processor. The
-    /// choice and its reason go to the `log` crate.
+    /// choice and its reason go to the `log` crate, as a warning if the reason may pass (too few
+    /// descriptors, a host too busy to probe): then the next machine asks again.
     #[default]
     Auto,
     /// KVM, even where it runs simple guests only.
@@ -143,18 +144,61 @@ impl Backend {
     }
 }
 
-/// What [`Backend::Auto`] means here: asked once per process, because a host does not change its
-/// processor.
+/// What [`Backend::Auto`] means here.
 fn preferred() -> BackendKind {
-    static PREFERRED: OnceLock<BackendKind> = OnceLock::new();
-    *PREFERRED.get_or_init(|| match vmkit_kvm::probe() {
+    static KNOWN: OnceLock<BackendKind> = OnceLock::new();
+    preferred_by(&KNOWN, vmkit_kvm::probe)
+}
+
+/// What a probe says of the host's KVM is true for the life of the process, because a host does not
+/// change its processor: it is kept in `known`. What merely kept the probe from finding out may have
+/// passed when the next machine is built, and is asked again.
+fn preferred_by(
+    known: &OnceLock<BackendKind>,
+    probe: impl FnOnce() -> Result<(), ProbeFailure>,
+) -> BackendKind {
+    if let Some(known) = known.get() {
+        return *known;
+    }
+    match probe() {
         Ok(()) => {
             log::info!("machines run on KVM");
-            BackendKind::Kvm
+            *known.get_or_init(|| BackendKind::Kvm)
+        }
+        Err(reason) if reason.is_lasting() => {
+            log::info!("machines run on the software processor, because KVM is no help: {reason}");
+            *known.get_or_init(|| BackendKind::Software)
         }
         Err(reason) => {
-            log::info!("machines run on the software processor, because KVM is no help: {reason}");
+            log::warn!(
+                "a machine runs on the software processor, as KVM cannot be had now: {reason}"
+            );
             BackendKind::Software
         }
-    })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmkit_kvm::ProbeStep;
+
+    use super::*;
+
+    #[test]
+    fn what_may_pass_is_asked_again_and_what_kvm_says_is_kept() {
+        let hung = || Err(ProbeFailure::Hung(ProbeStep::Start));
+        let busy = || {
+            let source = std::io::ErrorKind::Interrupted.into();
+            Err(ProbeFailure::Unavailable(HypervisorError::Host { what: "create a VM", source }))
+        };
+        let wrong = || Err(ProbeFailure::Wrong(ProbeStep::Breakpoint));
+        let known = OnceLock::new();
+        assert_eq!(preferred_by(&known, hung), BackendKind::Software);
+        assert_eq!(preferred_by(&known, busy), BackendKind::Software);
+        assert_eq!(preferred_by(&known, || Ok(())), BackendKind::Kvm);
+        assert_eq!(preferred_by(&known, wrong), BackendKind::Kvm);
+        let known = OnceLock::new();
+        assert_eq!(preferred_by(&known, wrong), BackendKind::Software);
+        assert_eq!(preferred_by(&known, || Ok(())), BackendKind::Software);
+    }
 }
