@@ -111,7 +111,24 @@ impl Guest {
     ) -> Result<Self, Failure> {
         let mut spec = PartitionSpec::new(vcpus, Arc::new(MonotonicClock::new()));
         spec.interrupt_controllers = InterruptControllers::Full;
-        let partition = hypervisor.create(&spec)?;
+        Self::of(hypervisor, &spec, mode, access, model)
+    }
+
+    /// One vCPU in 64-bit mode, no interrupt controllers.
+    pub fn bare(hypervisor: &dyn Hypervisor) -> Result<Self, Failure> {
+        let mut spec = PartitionSpec::new(1, Arc::new(MonotonicClock::new()));
+        spec.interrupt_controllers = InterruptControllers::None;
+        Self::of(hypervisor, &spec, Mode::Long, MapAccess::WRITE, best_model(hypervisor))
+    }
+
+    fn of(
+        hypervisor: &dyn Hypervisor,
+        spec: &PartitionSpec,
+        mode: Mode,
+        access: MapAccess,
+        model: CpuModel,
+    ) -> Result<Self, Failure> {
+        let partition = hypervisor.create(spec)?;
         let ram = Arc::new(region_at(GuestAddress(0), RAM, Backing::Memfd)?);
         let map = partition.map(GuestAddress(0), ram.clone(), access)?;
         tables::write(&ram, mode)?;

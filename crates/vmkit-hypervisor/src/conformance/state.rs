@@ -19,6 +19,7 @@ cases! { "state":
     general_registers "the contract: what is set is what is got";
     segments "the contract: what is set is what is got";
     control_registers "the contract: what is set is what is got";
+    cr8_without_interrupt_controllers "Intel SDM vol. 3A §11.8.6";
     debug_registers "the contract: what is set is what is got";
     xsave_area "Intel SDM vol. 1 §13.4";
     xsave_area_is_what_the_guest_sees "Intel SDM vol. 1 §13.4, vol. 2A, FXSAVE"
@@ -149,6 +150,22 @@ fn control_registers(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
     }
     guest.cpu.set(StateSet::CONTROL, &state)?;
     ensure_eq!(guest.cpu.get(StateSet::CONTROL)?.control, state.control, "control registers");
+    Ok(())
+}
+
+/// It is a register then, and nothing else.
+fn cr8_without_interrupt_controllers(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
+    let mut guest = Guest::bare(hypervisor)?;
+    let mut io = Recorder::new();
+    guest.load(|a| {
+        asm! { a; mov r8, cr8; mov eax, 9; mov cr8, rax; mov eax, 3; mov cr8, rax; mov r9, cr8; stop; };
+        Ok(())
+    })?;
+    guest.cpu.change(StateSet::CONTROL, |state| state.control.cr8 = 5)?;
+    guest.cpu.finish(&mut io)?;
+    ensure_eq!(guest.cpu.register(8)?, 5, "CR8 as set");
+    ensure_eq!(guest.cpu.register(9)?, 3, "CR8 as the guest lowered it");
+    ensure_eq!(guest.cpu.get(StateSet::CONTROL)?.control.cr8, 3, "CR8 of the state");
     Ok(())
 }
 

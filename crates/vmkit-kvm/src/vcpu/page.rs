@@ -110,6 +110,12 @@ impl RunPage {
         unsafe { (&raw mut (*self.page.as_ptr()).request_interrupt_window).write(u8::from(on)) }
     }
 
+    /// Sets the CR8 that a vCPU without a local APIC enters the guest with.
+    pub(super) fn set_cr8(&self, value: u64) {
+        // SAFETY: the field is inside the mapping, and the kernel uses it during KVM_RUN only.
+        unsafe { (&raw mut (*self.page.as_ptr()).cr8).write(value) }
+    }
+
     /// True if the guest would have taken an external interrupt when KVM_RUN returned.
     pub(super) fn takes_interrupt(&self) -> bool {
         // SAFETY: inside the mapping; the kernel wrote it before KVM_RUN returned.

@@ -8,7 +8,7 @@ use kvm_bindings::{
     KVM_EXIT_DEBUG, KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT,
     KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IOAPIC_EOI,
     KVM_EXIT_IRQ_WINDOW_OPEN, KVM_EXIT_MEMORY_FAULT, KVM_EXIT_MMIO, KVM_EXIT_NOTIFY,
-    KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_BUS_LOCK, KVM_INTERNAL_ERROR_DELIVERY_EV,
+    KVM_EXIT_SET_TPR, KVM_EXIT_SHUTDOWN, KVM_EXIT_X86_BUS_LOCK, KVM_INTERNAL_ERROR_DELIVERY_EV,
     KVM_INTERNAL_ERROR_EMULATION, KVM_INTERNAL_ERROR_SIMUL_EX,
     KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON,
 };
@@ -120,6 +120,8 @@ impl KvmVcpu {
             KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN | KVM_EXIT_NOTIFY | KVM_EXIT_X86_BUS_LOCK => {
                 Ok(Next::Go)
             }
+            // Without a local APIC: the guest lowered CR8, and no interrupt waits for that.
+            KVM_EXIT_SET_TPR => Ok(Next::Go),
             KVM_EXIT_IOAPIC_EOI => {
                 if let Some(split) = &self.partition.split {
                     split.end_of_interrupt(self.page.eoi_vector());

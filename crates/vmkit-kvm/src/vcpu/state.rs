@@ -112,6 +112,8 @@ impl KvmVcpu {
         s.interrupt_bitmap = [0; 4];
         self.fd.set_sregs(&s).map_err(|error| refused("control registers or segments", &error))?;
         if what.contains(StateSet::CONTROL) {
+            // Without a local APIC this one counts, and not the system registers' (KVM_RUN sets CR8 to it).
+            self.page.set_cr8(from.control.cr8);
             self.set_xcr0(from.control.xcr0)?;
         }
         Ok(())
