@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use kvm_bindings::KVM_CAP_ENFORCE_PV_FEATURE_CPUID;
 use kvm_ioctls::{Cap, Kvm};
 use vmkit_hypervisor::{
     Capabilities, CpuModel, Feature, FeatureSet, Hypervisor, HypervisorError, Partition,
@@ -38,6 +39,8 @@ pub(crate) struct Host {
     pub(crate) has_xsave2: bool,
     pub(crate) slots: usize,
     pub(crate) scales_tsc: bool,
+    /// KVM can be told to keep to CPUID in what it offers a guest of itself.
+    pub(crate) enforces_paravirtual: bool,
 }
 
 impl Host {
@@ -52,6 +55,9 @@ impl Host {
             has_xsave2: xsave2 > 0,
             slots: kvm.get_nr_memslots(),
             scales_tsc: kvm.check_extension(Cap::TscControl),
+            enforces_paravirtual: kvm
+                .check_extension_raw(u64::from(KVM_CAP_ENFORCE_PV_FEATURE_CPUID))
+                > 0,
         })
     }
 

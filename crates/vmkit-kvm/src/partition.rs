@@ -6,10 +6,11 @@ use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use kvm_bindings::{
-    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API,
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_PIT_SPEAKER_DUMMY,
-    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, KVMIO, kvm_clock_data,
-    kvm_enable_cap, kvm_irqchip, kvm_pit_config,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CAP_PMU_CAPABILITY, KVM_CAP_SPLIT_IRQCHIP,
+    KVM_CAP_X2APIC_API, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    KVM_X2APIC_API_USE_32BIT_IDS, KVMIO, kvm_clock_data, kvm_enable_cap, kvm_irqchip,
+    kvm_pit_config,
 };
 use kvm_ioctls::{Kvm, VmFd};
 use vmkit_hypervisor::guest_memory::{DirtyBitmap, GuestAddress, MemoryRegion};
@@ -76,6 +77,7 @@ impl KvmPartition {
         let vm = Arc::new(create_vm(kvm).map_err(host_error("create a VM"))?);
         vm.set_identity_map_address(IDENTITY_MAP).map_err(host_error("place the identity map"))?;
         vm.set_tss_address(TSS).map_err(host_error("place the TSS"))?;
+        turn_pmu_off(&vm)?;
         let routes = Arc::new(match spec.interrupt_controllers {
             InterruptControllers::Split => Routes::split(),
             _ => Routes::in_kernel(),
@@ -167,6 +169,17 @@ fn create_vm(kvm: &Kvm) -> std::result::Result<VmFd, vmm_sys_util::errno::Error>
 fn use_32_bit_apic_ids(vm: &VmFd) -> Result<()> {
     let flags = KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK;
     enable(vm, KVM_CAP_X2APIC_API, u64::from(flags)).map_err(host_error("enable 32-bit APIC IDs"))
+}
+
+/// No CPU model lists performance counters; AMD's are there all the same unless KVM is told (Linux
+/// 5.18). Before the first vCPU.
+fn turn_pmu_off(vm: &VmFd) -> Result<()> {
+    let offered = vm.check_extension_raw(u64::from(KVM_CAP_PMU_CAPABILITY));
+    if offered <= 0 || offered & KVM_PMU_CAP_DISABLE as i32 == 0 {
+        return Ok(());
+    }
+    enable(vm, KVM_CAP_PMU_CAPABILITY, u64::from(KVM_PMU_CAP_DISABLE))
+        .map_err(host_error("turn the performance counters off"))
 }
 
 /// Sets up how KVM tells of written pages: as wanted, or as it can.

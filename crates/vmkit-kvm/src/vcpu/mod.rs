@@ -12,8 +12,9 @@ mod xsave;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE,
-    KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED, kvm_mp_state,
+    KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED,
+    KVM_MP_STATE_RUNNABLE, KVM_MP_STATE_SIPI_RECEIVED, KVM_MP_STATE_UNINITIALIZED, kvm_enable_cap,
+    kvm_mp_state,
 };
 use kvm_ioctls::VcpuFd;
 use vmkit_hypervisor::x86::{GeneralRegisters, MpState};
@@ -59,6 +60,13 @@ impl KvmVcpu {
         let mut fd = partition.vm.create_vcpu(u64::from(index)).map_err(host("create a vCPU"))?;
         if let Some(khz) = partition.tsc_request {
             fd.set_tsc_khz(khz).map_err(host("set the TSC frequency"))?;
+        }
+        if partition.host.enforces_paravirtual {
+            // Else a guest that does not ask CPUID could have steal time, asynchronous page faults and
+            // EOIs by memory, none of which a state holds.
+            let cap = KVM_CAP_ENFORCE_PV_FEATURE_CPUID;
+            let cap = kvm_enable_cap { cap, args: [1, 0, 0, 0], ..kvm_enable_cap::default() };
+            fd.enable_cap(&cap).map_err(host("keep KVM's own features to CPUID"))?;
         }
         let context = CpuidContext {
             apic_id: index,
