@@ -113,18 +113,32 @@ impl CpuModel {
         }
     }
 
-    /// The x86-64 baseline of the psABI: SSE2, CMOV, CMPXCHG8B, SYSCALL, NX.
+    /// The x86-64 baseline of the psABI: SSE2, CMOV, CMPXCHG8B, SYSCALL, NX; and an APIC timer that
+    /// never stops, which KVM has on every host.
+    ///
+    /// No named model lists [`Feature::ConstantTsc`]: it depends on the host, and is not offered where
+    /// KVM is itself in a virtual machine, unless somebody asked for it. A fleet all of which has it may
+    /// add it:
+    ///
+    /// ```
+    /// use vmkit_hypervisor::{CpuModel, Feature};
+    ///
+    /// let mut model = CpuModel::x86_64_v2();
+    /// model.features = model.features.with(Feature::ConstantTsc);
+    /// ```
     pub fn x86_64_v1() -> Self {
         Self::named("x86-64-v1", FeatureSet::v1())
     }
 
-    /// The psABI's x86-64-v2: SSE4.2, POPCNT, CMPXCHG16B, LAHF in 64-bit mode; and what every
-    /// processor of that age has for its kernel (SMEP aside): x2APIC, TSC deadline, RDTSCP.
+    /// The psABI's x86-64-v2: SSE4.2, POPCNT, CMPXCHG16B, LAHF in 64-bit mode; and what kernels use
+    /// beside: SMEP, SMAP, FSGSBASE, PREFETCHW, RDTSCP, 1 GiB pages, and x2APIC, TSC deadline and
+    /// TSC_ADJUST, which KVM has on every host. So the oldest hosts are Intel's Broadwell and AMD's Zen.
     pub fn x86_64_v2() -> Self {
         Self::named("x86-64-v2", FeatureSet::v2())
     }
 
-    /// The psABI's x86-64-v3: AVX2, BMI1 and BMI2, FMA, F16C, LZCNT, MOVBE, XSAVE.
+    /// The psABI's x86-64-v3: AVX2, BMI1 and BMI2, FMA, F16C, LZCNT, MOVBE, XSAVE; and all of
+    /// [`x86_64_v2`](Self::x86_64_v2). Its oldest hosts are the same.
     pub fn x86_64_v3() -> Self {
         Self::named("x86-64-v3", FeatureSet::v3())
     }
