@@ -3,7 +3,7 @@
 #![allow(clippy::expect_used, clippy::missing_panics_doc, reason = "the guests are constants")]
 
 use iced_x86::code_asm::{
-    CodeAssembler, CodeLabel, al, ax, dword_ptr, dx, eax, edx, qword_ptr, rax, rdi,
+    CodeAssembler, CodeLabel, al, ax, dword_ptr, dx, eax, ecx, edx, qword_ptr, rax, rdi,
 };
 use vmkit::boot::{CpuMode, Flat};
 
@@ -79,6 +79,19 @@ pub fn counting(code: &mut CodeAssembler) {
     let again = label_here(code);
     code.inc(qword_ptr(rdi)).expect("valid");
     code.jmp(again).expect("valid");
+}
+
+/// Where [`counting_by_kvmclock`] has KVM write the time.
+pub const KVMCLOCK: u64 = 0x10_0040;
+
+/// Turns kvmclock on, for [`KVMCLOCK`], and counts as [`counting`] does.
+pub fn counting_by_kvmclock(code: &mut CodeAssembler) {
+    // MSR_KVM_SYSTEM_TIME_NEW, and its bit that says so.
+    code.mov(ecx, 0x4B56_4D01).expect("valid");
+    code.mov(eax, KVMCLOCK as i32 | 1).expect("valid");
+    code.xor(edx, edx).expect("valid");
+    code.wrmsr().expect("valid");
+    counting(code);
 }
 
 /// Writes `text` to the first serial port.

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use vmkit::memory::{Bytes, GuestAddress, GuestRam};
 use vmkit::{BackendKind, DirtyLog, End, OutputProbe, RunningVm, Serial, SerialOutput, StateSet};
-use vmkit_tests::guests::{self, COUNTER, counting, long_mode, spin};
+use vmkit_tests::guests::{
+    self, COUNTER, KVMCLOCK, counting, counting_by_kvmclock, long_mode, spin,
+};
 use vmkit_tests::{PATIENCE, backends, bare, end_of};
 
 fn counter(memory: &GuestRam) -> u64 {
@@ -156,6 +158,29 @@ fn a_pause_costs_no_output() {
         assert_eq!((bytes.len() as u64, probe.lost()), (probe.written(), 0), "{backend}");
         assert!(bytes.iter().zip(0_usize..).all(|(&b, at)| b == at as u8), "{backend}");
     }
+}
+
+/// KVM's clocks run on in a pause: Linux's watchdogs would blame the guest for the time.
+#[test]
+fn a_guest_on_kvm_is_told_that_it_was_paused() {
+    const FLAGS: u64 = KVMCLOCK + 29;
+    const STOPPED: u8 = 2;
+    if !backends().contains(&BackendKind::Kvm) {
+        return;
+    }
+    let guest = long_mode(counting_by_kvmclock);
+    let vm = bare(BackendKind::Kvm, guest).build().unwrap().start().unwrap();
+    let memory = vm.memory();
+    let flags = || memory.read_obj::<u8>(GuestAddress(FLAGS)).unwrap();
+    await_counting(&memory, 0);
+    assert_eq!(flags() & STOPPED, 0);
+    vm.pause().resume().unwrap();
+    let began = std::time::Instant::now();
+    while flags() & STOPPED == 0 {
+        assert!(began.elapsed() < PATIENCE, "the guest is not told");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    vm.stop().unwrap();
 }
 
 #[test]

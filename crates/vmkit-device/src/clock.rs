@@ -4,7 +4,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// Guest time. All device timers and the guest's TSC follow one clock.
+/// Guest time. All device timers of this process follow one clock; the guest's TSC and local APICs do
+/// where they are of this process too, and not where the host's kernel keeps them.
 pub trait Clock: Send + Sync {
     /// Time since the machine first started, without the time it was paused.
     fn now(&self) -> Duration;

@@ -56,6 +56,13 @@ pub trait Vcpu: Send {
     /// [`HypervisorError::State`](crate::HypervisorError::State) for a state the processor cannot be
     /// in.
     fn set(&mut self, what: StateSet, from: &VcpuState) -> Result<()>;
+    /// To be called between two runs, when a pause of the machine ends. Where the guest's clocks went
+    /// on meanwhile, as KVM's do, a guest that uses kvmclock learns that it had been stopped, so that
+    /// its watchdogs do not take the time for their own. Nothing to do where guest time stood still.
+    ///
+    /// # Errors
+    /// What the host said.
+    fn after_pause(&mut self) -> Result<()>;
     /// Guest instructions executed so far, where the backend counts them.
     fn instructions(&self) -> Option<u64>;
 }

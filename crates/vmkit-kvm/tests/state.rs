@@ -238,6 +238,36 @@ fn a_vcpu_index_is_given_once_and_within_the_limit() {
     }
 }
 
+// Has kvmclock write to DATA.
+guest_program!(clock_on:
+    "mov ecx, 0x4B564D01", "mov eax, 0x90001", "xor edx, edx", "wrmsr",
+    "2: out 0xF4, al", "jmp 2b",
+);
+
+#[test]
+fn a_guest_with_kvmclock_is_told_of_a_pause() {
+    const FLAGS: u64 = common::DATA + 29;
+    const STOPPED: u8 = 2;
+    let Some(kvm) = kvm() else { return };
+    let offered = kvm_ioctls::Kvm::new().unwrap();
+    let offered = offered.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).unwrap();
+    let leaf = offered.as_slice().iter().find(|entry| entry.function == 0x4000_0001);
+    if leaf.is_none_or(|leaf| leaf.eax & 8 == 0) {
+        eprintln!("SKIPPED: this KVM has no kvmclock");
+        return;
+    }
+    let (machine, mut vcpu) = Machine::with_program(kvm, clock_on());
+    vcpu.after_pause().unwrap();
+    let mut flags = || {
+        assert_eq!(vcpu.run(&mut Recorder::default()).unwrap(), VmExit::Stopped);
+        let [flags] = machine.read(FLAGS);
+        vcpu.after_pause().unwrap();
+        flags & STOPPED
+    };
+    assert_eq!(flags(), 0);
+    assert_eq!(flags(), STOPPED);
+}
+
 guest_program!(identify:
     "mov eax, 0x40000000",
     "cpuid",

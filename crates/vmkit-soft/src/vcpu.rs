@@ -393,6 +393,11 @@ impl Vcpu for SoftVcpu {
         self.cpu.set_state(what, from)
     }
 
+    fn after_pause(&mut self) -> Result<()> {
+        // All of a guest's clocks follow the machine's, which stood still.
+        Ok(())
+    }
+
     fn instructions(&self) -> Option<u64> {
         Some(self.cpu.instructions)
     }

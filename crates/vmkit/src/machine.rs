@@ -155,7 +155,7 @@ impl Machine {
         self.stop_devices(&mut threads);
     }
 
-    /// Brings vCPUs, devices and guest time to a stand.
+    /// Brings vCPUs, devices and the machine's clock to a stand.
     pub(crate) fn pause(&self) {
         self.control.pause(|| self.release());
         let mut threads = self.threads();
@@ -169,6 +169,7 @@ impl Machine {
         let mut threads = self.threads();
         threads.pauses = threads.pauses.saturating_sub(1);
         let started = if threads.pauses == 0 && self.control.outcome().is_none() {
+            self.tell_of_pause();
             self.start_devices(&mut threads).map_err(|error| RunFailure::Restart(Arc::new(error)))
         } else {
             Ok(())
@@ -179,6 +180,15 @@ impl Machine {
         }
         self.control.resume();
         Ok(started?)
+    }
+
+    /// Has vCPUs whose clocks a pause does not stop tell the guest of it.
+    fn tell_of_pause(&self) {
+        for (index, slot) in self.slots.iter().enumerate() {
+            if let Err(error) = slot.lock().after_pause() {
+                log::warn!("vCPU {index} goes on without a word of the pause: {error}");
+            }
+        }
     }
 
     pub(crate) fn stats(&self) -> Vec<VcpuStats> {

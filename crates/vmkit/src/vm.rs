@@ -151,9 +151,13 @@ impl RunningVm {
         self.wait()
     }
 
-    /// Brings the machine to a stand between two guest instructions: vCPUs, devices, guest time. It
+    /// Brings the machine to a stand between two guest instructions: vCPUs, devices and their clock. It
     /// goes on when the guard is resumed or dropped. Pauses may overlap; the last one to end counts.
     /// A machine that has ended can be paused, to look at its state.
+    ///
+    /// On the software processor all of guest time stands still. On KVM the clocks that the kernel keeps
+    /// run on: TSC, kvmclock, the local APICs' timers, and the PIT where it is in the kernel. A guest that
+    /// uses kvmclock, as Linux does, is told that it had been stopped, and its watchdogs heed that.
     pub fn pause(&self) -> Paused<'_> {
         Paused::new(&self.machine)
     }

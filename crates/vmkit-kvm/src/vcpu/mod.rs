@@ -240,6 +240,14 @@ impl Vcpu for KvmVcpu {
         Ok(())
     }
 
+    fn after_pause(&mut self) -> Result<()> {
+        match self.fd.kvmclock_ctrl() {
+            // The guest has no kvmclock on.
+            Err(error) if error.errno() == libc::EINVAL => Ok(()),
+            other => other.map_err(host("tell the guest that it was stopped")),
+        }
+    }
+
     fn instructions(&self) -> Option<u64> {
         None
     }
