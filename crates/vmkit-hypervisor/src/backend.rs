@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use vmkit_device::Clock;
 
-use crate::{FeatureSet, Partition, Result};
+use crate::{FeatureSet, HypervisorError, Partition, Result};
 
 /// What a backend offers on this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,7 +58,7 @@ pub enum InterruptControllers {
     /// A local APIC per vCPU in the kernel, PIC pair, IOAPIC and PIT in this process. A backend that
     /// has all of them in this process anyway takes it for [`Full`](Self::Full).
     Split,
-    /// None: for guests that poll and never halt.
+    /// None: for guests of one vCPU that poll and never halt. Nothing could start another vCPU.
     None,
 }
 
@@ -125,6 +125,19 @@ impl PartitionSpec {
             dirty_log: DirtyLog::default(),
             clock,
         }
+    }
+
+    /// For backends: is it what any of them could make?
+    ///
+    /// # Errors
+    /// [`HypervisorError::Unsupported`] for several vCPUs without interrupt controllers.
+    pub fn check(&self) -> Result<()> {
+        if self.vcpus > 1 && self.interrupt_controllers == InterruptControllers::None {
+            return Err(HypervisorError::Unsupported(
+                "more than one vCPU without interrupt controllers",
+            ));
+        }
+        Ok(())
     }
 }
 

@@ -140,6 +140,7 @@ impl Hypervisor for KvmHypervisor {
         if spec.vcpus == 0 || spec.vcpus > self.capabilities.max_vcpus {
             return Err(HypervisorError::VcpuIndex(spec.vcpus));
         }
+        spec.check()?;
         let doorbells = self.capabilities.doorbells;
         let partition = KvmPartition::create(&self.kvm, &self.host, spec, self.signal, doorbells)?;
         Ok(Arc::new(partition))

@@ -76,6 +76,7 @@ impl Hypervisor for SoftHypervisor {
         if spec.vcpus == 0 || spec.vcpus > partition::MAX_VCPUS {
             return Err(HypervisorError::VcpuIndex(spec.vcpus));
         }
+        spec.check()?;
         let inner = Arc::new(partition::PartitionInner::new(spec));
         Ok(Arc::new(partition::SoftPartition { inner }))
     }

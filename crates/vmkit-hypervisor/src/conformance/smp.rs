@@ -1,5 +1,6 @@
 //! Several vCPUs: start-up, interrupts between them, changes they tell each other of.
 
+use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -7,7 +8,7 @@ use std::time::{Duration, Instant};
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
 use vmkit_device::memory::{Bytes, MemoryRegionAddress};
-use vmkit_device::{IoFlow, Msi};
+use vmkit_device::{IoFlow, MonotonicClock, Msi};
 
 use super::asm::{asm, assemble};
 use super::case::{cases, ensure, ensure_eq};
@@ -19,7 +20,9 @@ use super::recorder::Recorder;
 use super::tables::{PAGE, PDPT};
 use super::{Failure, Need};
 use crate::x86::MpState;
-use crate::{Hypervisor, StateSet, VcpuIo, VmExit};
+use crate::{
+    Hypervisor, HypervisorError, InterruptControllers, PartitionSpec, StateSet, VcpuIo, VmExit,
+};
 
 cases! { "smp":
     init_and_sipi_start_a_processor "Intel SDM vol. 3A §9.4.4" [Need::Vcpus(2)];
@@ -36,6 +39,7 @@ cases! { "smp":
     a_misaligned_locked_access_is_atomic "Intel SDM vol. 3A §9.1.2.2" [Need::Vcpus(2)];
     locked_accesses_to_devices_wait_for_nobody "the contract: VcpuIo" [Need::Vcpus(2)];
     one_vcpus_kick_is_not_the_others "the contract: Vcpu::kick" [Need::Vcpus(2)];
+    without_controllers_there_is_one_vcpu "the contract: InterruptControllers::None";
 }
 
 /// Runs a vCPU to the end of its program, on a thread of its own, while `other` runs on this one.
@@ -555,4 +559,16 @@ fn one_vcpus_kick_is_not_the_others(hypervisor: &dyn Hypervisor) -> Result<(), F
     ensure_eq!(other.run(&mut Recorder::new())?, VmExit::Kicked, "vCPU 1's exit");
     ensure_eq!(other.finish(&mut Recorder::new())?, 5, "vCPU 1's end");
     Ok(())
+}
+
+/// Nothing could start a second one.
+fn without_controllers_there_is_one_vcpu(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
+    let mut spec = PartitionSpec::new(2, Arc::new(MonotonicClock::new()));
+    spec.interrupt_controllers = InterruptControllers::None;
+    match hypervisor.create(&spec) {
+        // A backend of one vCPU refuses any two.
+        Err(HypervisorError::Unsupported(_) | HypervisorError::VcpuIndex(2)) => Ok(()),
+        Err(other) => Err(other.into()),
+        Ok(_) => Err(Failure::Wrong("two vCPUs without interrupt controllers were made".into())),
+    }
 }
