@@ -304,3 +304,31 @@ fn a_state_that_the_chips_cannot_be_in_is_refused_and_changes_nothing() {
     assert!(matches!(machine.partition.load(&bad), Err(HypervisorError::State(_))));
     assert_eq!(machine.partition.save().unwrap().pic, before.pic);
 }
+
+/// A program that the host starts must not inherit a machine.
+#[test]
+fn every_descriptor_of_a_machine_is_closed_on_exec() {
+    let Some(kvm) = kvm() else { return };
+    let _turn = turn();
+    let descriptors = || -> Vec<i32> {
+        let entries = fs::read_dir("/proc/self/fd").unwrap();
+        entries.filter_map(|e| e.unwrap().file_name().to_str()?.parse().ok()).collect()
+    };
+    let inherited = descriptors();
+    let machine = Machine::new(kvm, 1, Split, MapAccess::WRITE);
+    let _vcpu = machine.partition.create_vcpu(0, &machine.model).unwrap();
+    let own = descriptors().into_iter().filter(|fd| !inherited.contains(fd));
+    let open: Vec<_> = own.filter_map(|fd| Some((fd, is_closed_on_exec(fd)?))).collect();
+    assert!(open.len() > 3, "{open:?}");
+    for (fd, closed_on_exec) in open {
+        let target = fs::read_link(format!("/proc/self/fd/{fd}"));
+        assert!(closed_on_exec, "{target:?}");
+    }
+}
+
+#[allow(unsafe_code, reason = "fcntl has no safe wrapper")]
+fn is_closed_on_exec(fd: i32) -> Option<bool> {
+    // SAFETY: no preconditions; a descriptor that is closed by now is an error.
+    let flags = unsafe { libc::fcntl(fd, libc::F_GETFD) };
+    (flags >= 0).then_some(flags & libc::FD_CLOEXEC != 0)
+}

@@ -27,7 +27,11 @@ pub(super) struct Inputs {
 
 impl Inputs {
     pub(super) fn new(timer: RawFd) -> io::Result<Self> {
-        let inputs = Self { epoll: Epoll::new()?, irqfds: Epoll::new()?, stop: EventFd::new(0)? };
+        let inputs = Self {
+            epoll: Epoll::new()?,
+            irqfds: Epoll::new()?,
+            stop: EventFd::new(libc::EFD_CLOEXEC)?,
+        };
         for (fd, event) in
             [(timer, TIMER), (inputs.stop.as_raw_fd(), STOP), (inputs.irqfds.as_raw_fd(), IRQFD)]
         {
