@@ -8,7 +8,6 @@
 
 #![allow(unsafe_code, reason = "signals and the shared kvm_run page have no safe wrapper")]
 
-use std::cell::Cell;
 use std::io;
 use std::mem::MaybeUninit;
 use std::ptr::{self, NonNull};
@@ -69,12 +68,9 @@ impl KickSignal {
         Ok(())
     }
 
-    /// Lets the signal reach the calling thread.
+    /// Lets the signal reach the calling thread. In every run: the embedder may have blocked it again
+    /// since the last one, and no kick would reach the guest.
     fn unblock(self) -> Result<()> {
-        let bit = 1_u64.checked_shl(self.0.unsigned_abs()).unwrap_or(0);
-        if UNBLOCKED.get() & bit != 0 {
-            return Ok(());
-        }
         let mut set = MaybeUninit::<libc::sigset_t>::uninit();
         // SAFETY: sigemptyset initialises the set it is given, the two calls after it read it.
         let outcome = unsafe {
@@ -88,14 +84,8 @@ impl KickSignal {
                 source: io::Error::from_raw_os_error(outcome),
             });
         }
-        UNBLOCKED.set(UNBLOCKED.get() | bit);
         Ok(())
     }
-}
-
-thread_local! {
-    /// The signals that this thread has unblocked, one bit each.
-    static UNBLOCKED: Cell<u64> = const { Cell::new(0) };
 }
 
 impl Default for KickSignal {

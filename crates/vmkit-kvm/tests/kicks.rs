@@ -1,9 +1,12 @@
 //! Kicks: sticky, never lost, from any thread.
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test")]
+#![allow(unsafe_code, reason = "signals have no safe wrapper")]
 
 mod common;
 
+use std::mem::MaybeUninit;
+use std::ptr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
@@ -11,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use common::{Machine, Recorder, kvm};
 use vmkit_hypervisor::{InterruptControllers, IoFlow, MapAccess, VcpuIo, VmExit};
+use vmkit_kvm::KickSignal;
 
 guest_program!(spin: "2: jmp 2b");
 guest_program!(ports: "2: out 0x10, al", "jmp 2b");
@@ -41,6 +45,64 @@ fn a_kick_ends_a_spinning_guest_and_a_sleeping_one() {
         });
         assert_eq!(vcpu.run(&mut Recorder::default()).unwrap(), VmExit::Kicked);
         kicker.join().unwrap();
+    }
+}
+
+/// The embedder puts back a signal mask of its own after a run.
+#[test]
+fn a_kick_ends_a_run_on_a_thread_that_blocks_signals() {
+    let Some(kvm) = kvm() else { return };
+    let (_machine, mut vcpu) = Machine::with_program(kvm, spin());
+    let kick = vcpu.kick();
+    kick.kick();
+    assert_eq!(vcpu.run(&mut Recorder::default()).unwrap(), VmExit::Kicked);
+    let signal = KickSignal::default().number();
+    block(signal);
+    // Another signal ends a run that the kick's does not reach, so that this fails and does not hang.
+    let rescue = KickSignal::realtime(7).unwrap().number();
+    handle(rescue);
+    // SAFETY: no preconditions.
+    let runner = unsafe { libc::pthread_self() };
+    let ended = AtomicBool::new(false);
+    let rescued = thread::scope(|scope| {
+        let kicker = scope.spawn(|| {
+            thread::sleep(Duration::from_millis(50));
+            kick.kick();
+            let kicked = Instant::now();
+            while !ended.load(Ordering::SeqCst) {
+                if kicked.elapsed() > Duration::from_secs(20) {
+                    // SAFETY: the runner waits for this thread, so it exists.
+                    unsafe { libc::pthread_kill(runner, rescue) };
+                    return true;
+                }
+                thread::sleep(Duration::from_millis(5));
+            }
+            false
+        });
+        assert_eq!(vcpu.run(&mut Recorder::default()).unwrap(), VmExit::Kicked);
+        ended.store(true, Ordering::SeqCst);
+        kicker.join().unwrap()
+    });
+    assert!(!rescued, "the kick did not end the run");
+}
+
+fn block(signal: i32) {
+    // SAFETY: sigemptyset initialises the set it is given, the two calls after it read it.
+    unsafe {
+        let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+        libc::sigemptyset(set.as_mut_ptr());
+        libc::sigaddset(set.as_mut_ptr(), signal);
+        assert_eq!(libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), ptr::null_mut()), 0);
+    }
+}
+
+fn handle(signal: i32) {
+    extern "C" fn nothing(_: libc::c_int) {}
+    // SAFETY: an all-zero sigaction is valid, and the handler does nothing.
+    unsafe {
+        let mut action: libc::sigaction = MaybeUninit::zeroed().assume_init();
+        action.sa_sigaction = nothing as extern "C" fn(libc::c_int) as usize;
+        assert_eq!(libc::sigaction(signal, &action, ptr::null_mut()), 0);
     }
 }
 
