@@ -4,12 +4,10 @@
 
 use std::process::ExitCode;
 
-use vmkit::Readiness;
-
 fn main() -> ExitCode {
     let reports = vmkit::preflight();
     let text: Vec<String> = reports.iter().map(ToString::to_string).collect();
     eprintln!("{}", text.join("\n"));
-    let usable = reports.iter().any(|report| report.readiness == Readiness::Usable);
+    let usable = reports.iter().any(|report| report.is_usable());
     if usable { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

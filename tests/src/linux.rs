@@ -7,7 +7,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use vmkit::boot::Linux;
-use vmkit::{Backend, Capture, End, Readiness, RunningVm, Serial, VmBuilder};
+use vmkit::{Backend, Capture, End, RunningVm, Serial, VmBuilder};
 use vmkit_examples::Failure;
 use vmkit_examples::console::Console;
 use vmkit_examples::debian::{self, Flavour};
@@ -86,7 +86,7 @@ fn found<T>(what: Result<T, Failure>) -> Option<T> {
 /// is set. They are named on standard error.
 pub fn full_backends() -> Vec<Backend> {
     let reports = vmkit::preflight().into_iter();
-    let usable = reports.filter(|report| report.readiness == Readiness::Usable);
+    let usable = reports.filter(|report| report.is_usable());
     usable
         .filter(|report| is_wanted(report.backend))
         .inspect(|report| eprintln!("stock kernels on {}", report.backend))

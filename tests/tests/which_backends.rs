@@ -30,6 +30,6 @@ fn main() -> ExitCode {
         println!("  {report}\n    {}", coverage(report));
     }
     println!();
-    let usable = reports.iter().any(|report| report.readiness == Readiness::Usable);
+    let usable = reports.iter().any(|report| report.is_usable());
     if usable { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }

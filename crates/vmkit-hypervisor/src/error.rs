@@ -1,5 +1,7 @@
 //! What can go wrong in a backend.
 
+use std::io;
+
 use thiserror::Error;
 
 /// A result of this crate.
@@ -26,6 +28,31 @@ impl std::fmt::Display for FailedInstruction {
     }
 }
 
+/// Why a backend is not usable on a host.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum Unavailable {
+    /// Its device is missing, or may not be opened: the source tells which.
+    #[error("{path}: {source}")]
+    Device {
+        /// The device.
+        path: &'static str,
+        /// What the host said.
+        source: io::Error,
+    },
+    /// Its interface is another one.
+    #[error("API version {found}, not {wanted}")]
+    Version {
+        /// The host's.
+        found: i32,
+        /// The one that the backend knows.
+        wanted: i32,
+    },
+    /// It has not all that the backend needs.
+    #[error("this KVM has no {0}")]
+    Lacks(&'static str),
+}
+
 /// Why a backend refused or failed.
 #[derive(Debug, Error)]
 #[non_exhaustive]
@@ -36,7 +63,8 @@ pub enum HypervisorError {
         /// The backend.
         backend: &'static str,
         /// Why.
-        reason: String,
+        #[source]
+        reason: Unavailable,
     },
     /// The host refused an operation.
     #[error("{what}: {source}")]
@@ -44,7 +72,7 @@ pub enum HypervisorError {
         /// What was attempted.
         what: &'static str,
         /// What the host said.
-        source: std::io::Error,
+        source: io::Error,
     },
     /// The CPU model lists features that the host cannot give.
     #[error("the host cannot run CPU model {model}: it lacks {}", missing.join(", "))]
@@ -68,8 +96,13 @@ pub enum HypervisorError {
     #[error("vCPU {0}: the index is taken or past the partition's limit")]
     VcpuIndex(u32),
     /// A state that the processor cannot be in, or that this backend cannot take.
-    #[error("vCPU state: {0}")]
-    State(String),
+    #[error("vCPU state: {reason}")]
+    State {
+        /// What is wrong with it.
+        reason: String,
+        /// What the host said, if it was the one to refuse.
+        source: Option<io::Error>,
+    },
     /// The guest executed an instruction that its CPU model lists and this backend lacks.
     #[error("unimplemented instruction at {0}")]
     Unimplemented(FailedInstruction),
@@ -80,8 +113,46 @@ pub enum HypervisorError {
         reason: String,
         /// Where the guest was.
         at: FailedInstruction,
+        /// What the host said, if it refused.
+        source: Option<io::Error>,
     },
     /// The operation does not exist on this backend.
     #[error("{0} is not supported by this backend")]
     Unsupported(&'static str),
+}
+
+impl HypervisorError {
+    /// A [`State`](Self::State) that the backend itself refuses.
+    pub fn state(reason: impl Into<String>) -> Self {
+        Self::State { reason: reason.into(), source: None }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error;
+
+    use super::*;
+
+    #[test]
+    fn what_the_host_said_is_at_the_end_of_the_chain() {
+        let source = || io::Error::from(io::ErrorKind::PermissionDenied);
+        let at = FailedInstruction { address: 0, bytes: [0; 15], len: 0 };
+        let errors = [
+            HypervisorError::Unavailable {
+                backend: "kvm",
+                reason: Unavailable::Device { path: "/dev/kvm", source: source() },
+            },
+            HypervisorError::State { reason: "bad".into(), source: Some(source()) },
+            HypervisorError::Failed { reason: "bad".into(), at, source: Some(source()) },
+        ];
+        for error in &errors {
+            let mut last: &dyn Error = error;
+            while let Some(next) = last.source() {
+                last = next;
+            }
+            let last = last.downcast_ref::<io::Error>();
+            assert_eq!(last.map(io::Error::kind), Some(io::ErrorKind::PermissionDenied), "{error}");
+        }
+    }
 }

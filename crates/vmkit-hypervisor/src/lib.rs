@@ -24,7 +24,7 @@ pub use backend::{
 pub use cpu_model::{
     CpuModel, CpuidContext, CpuidEntry, CpuidRegister, CpuidResult, Feature, FeatureSet, Vendor,
 };
-pub use error::{FailedInstruction, HypervisorError, Result};
+pub use error::{FailedInstruction, HypervisorError, Result, Unavailable};
 pub use exit::{VcpuIo, VmExit};
 pub use partition::{MapAccess, MapId, Partition, PartitionState};
 pub use vcpu::{Kick, Kickable, Vcpu};

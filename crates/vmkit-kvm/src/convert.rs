@@ -270,7 +270,7 @@ fn kvm_pit_channel(c: &PitChannelState) -> Result<kvm_pit_channel_state> {
 }
 
 fn impossible(chip: &str, field: &str, value: u64) -> HypervisorError {
-    HypervisorError::State(format!("saved {chip} state: {field} {value:#x}"))
+    HypervisorError::state(format!("saved {chip} state: {field} {value:#x}"))
 }
 
 #[cfg(test)]

@@ -107,8 +107,7 @@ pub(crate) fn table(model: &CpuModel, context: &CpuidContext, host: &Host) -> Re
             ..kvm_cpuid_entry2::default()
         });
     }
-    CpuId::from_entries(&entries)
-        .map_err(|_| HypervisorError::State("too many CPUID leaves".into()))
+    CpuId::from_entries(&entries).map_err(|_| HypervisorError::state("too many CPUID leaves"))
 }
 
 fn entry(from: &CpuidEntry) -> kvm_cpuid_entry2 {

@@ -6,11 +6,12 @@ use kvm_bindings::KVM_CAP_ENFORCE_PV_FEATURE_CPUID;
 use kvm_ioctls::{Cap, Kvm};
 use vmkit_hypervisor::{
     Capabilities, CpuModel, Feature, FeatureSet, Hypervisor, HypervisorError, Partition,
-    PartitionSpec, Result,
+    PartitionSpec, Result, Unavailable,
 };
 
 use crate::KickSignal;
 use crate::cpuid::Supported;
+use crate::error::io_error;
 use crate::partition::KvmPartition;
 use crate::ring;
 
@@ -108,14 +109,16 @@ impl KvmHypervisor {
     /// As [`open`](Self::open).
     pub fn with_signal(signal: KickSignal) -> Result<Self> {
         let unavailable = |reason| HypervisorError::Unavailable { backend: "kvm", reason };
-        let kvm = Kvm::new().map_err(|error| unavailable(format!("/dev/kvm: {error}")))?;
+        let kvm = Kvm::new().map_err(|error| {
+            unavailable(Unavailable::Device { path: "/dev/kvm", source: io_error(error) })
+        })?;
         let version = kvm.get_api_version();
         if version != API_VERSION {
-            return Err(unavailable(format!("API version {version}, not {API_VERSION}")));
+            return Err(unavailable(Unavailable::Version { found: version, wanted: API_VERSION }));
         }
         for (capability, name) in REQUIRED {
             if !kvm.check_extension(*capability) {
-                return Err(unavailable(format!("this KVM has no {name}")));
+                return Err(unavailable(Unavailable::Lacks(name)));
             }
         }
         let host = Host::read(&kvm)?;

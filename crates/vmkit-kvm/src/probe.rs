@@ -18,7 +18,7 @@ use vmkit_hypervisor::guest_memory::{GuestMemoryRegion, MemoryRegionAddress};
 use vmkit_hypervisor::x86::{Cr0, Cr4, DescriptorTable, Efer, Segment};
 use vmkit_hypervisor::{
     CpuModel, Feature, Hypervisor, HypervisorError, InterruptControllers, IoFlow, MapAccess,
-    PartitionSpec, Result, StateSet, Vcpu, VcpuIo, VcpuState, VmExit,
+    PartitionSpec, Result, StateSet, Unavailable, Vcpu, VcpuIo, VcpuState, VmExit,
 };
 
 use crate::{KvmHypervisor, best_available};
@@ -85,7 +85,24 @@ impl ProbeFailure {
     pub fn is_lasting(&self) -> bool {
         match self {
             Self::Failed { .. } | Self::Wrong(_) => true,
+            Self::Unavailable(HypervisorError::Unavailable { reason, .. }) => {
+                matches!(reason, Unavailable::Version { .. } | Unavailable::Lacks(_))
+            }
             Self::Unavailable(_) | Self::Hung(_) => false,
+        }
+    }
+
+    /// True if the host has no KVM for this process: no device, nothing behind it, or no permission.
+    pub fn is_absence(&self) -> bool {
+        let Self::Unavailable(HypervisorError::Unavailable { reason, .. }) = self else {
+            return false;
+        };
+        match reason {
+            Unavailable::Device { source, .. } => matches!(
+                source.raw_os_error(),
+                Some(libc::ENOENT | libc::ENODEV | libc::ENXIO | libc::EACCES | libc::EPERM)
+            ),
+            _ => false,
         }
     }
 }
@@ -390,5 +407,26 @@ fn watch(mut vcpu: Box<dyn Vcpu>) -> std::result::Result<(), ProbeFailure> {
         Ok(VmExit::Kicked) => Err(ProbeFailure::Hung(step)),
         Ok(_) => Err(ProbeFailure::Wrong(step)),
         Err(source) => Err(ProbeFailure::Failed { step, source }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Error;
+
+    use super::*;
+
+    #[test]
+    fn a_host_without_kvm_is_told_from_one_that_is_short_of_something() {
+        let open = |errno| {
+            let reason =
+                Unavailable::Device { path: "/dev/kvm", source: Error::from_raw_os_error(errno) };
+            ProbeFailure::Unavailable(HypervisorError::Unavailable { backend: "kvm", reason })
+        };
+        assert!(open(libc::ENOENT).is_absence() && open(libc::EACCES).is_absence());
+        assert!(!open(libc::EMFILE).is_absence() && !open(libc::EMFILE).is_lasting());
+        let source = Error::from_raw_os_error(libc::EINTR);
+        let create = HypervisorError::Host { what: "create a VM", source };
+        assert!(!ProbeFailure::Unavailable(create).is_absence());
     }
 }

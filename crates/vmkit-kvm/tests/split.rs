@@ -301,7 +301,7 @@ fn a_state_that_the_chips_cannot_be_in_is_refused_and_changes_nothing() {
     let mut bad = before.clone();
     bad.pic.primary.imr = 0x55;
     bad.ioapic.levels = 1 << 24;
-    assert!(matches!(machine.partition.load(&bad), Err(HypervisorError::State(_))));
+    assert!(matches!(machine.partition.load(&bad), Err(HypervisorError::State { .. })));
     assert_eq!(machine.partition.save().unwrap().pic, before.pic);
 }
 

@@ -176,7 +176,7 @@ fn impossible_states_are_refused_and_change_nothing() {
         bad.general.set_rax(0xBAD);
         spoil(&mut bad);
         match vcpu.set(what, &bad) {
-            Err(HypervisorError::State(_)) => {}
+            Err(HypervisorError::State { .. }) => {}
             other => panic!("{what:?}: {other:?}"),
         }
         assert_eq!(all(vcpu.as_mut()).general, good.general, "{what:?}");
@@ -203,7 +203,7 @@ fn impossible_states_are_refused_and_change_nothing() {
         let mut bad = good.clone();
         spoil(&mut bad);
         let error = vcpu.set(StateSet::CONTROL | StateSet::MSRS, &bad).unwrap_err();
-        assert!(matches!(error, HypervisorError::State(_)), "{error}");
+        assert!(matches!(error, HypervisorError::State { .. }), "{error}");
     }
 }
 

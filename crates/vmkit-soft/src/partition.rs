@@ -407,7 +407,7 @@ impl Partition for SoftPartition {
         let mut chips = self.inner.chips();
         chips
             .load(&from.pic, &from.ioapic, &from.pit, now)
-            .map_err(|error| HypervisorError::State(error.to_string()))?;
+            .map_err(|error| HypervisorError::state(error.to_string()))?;
         self.inner.resample.store(true, Ordering::SeqCst);
         Ok(())
     }

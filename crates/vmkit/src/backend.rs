@@ -64,7 +64,7 @@ impl From<BackendKind> for Backend {
 }
 
 /// How far a backend works on this host.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Readiness {
     /// It runs everything, stock kernels too.
@@ -72,23 +72,30 @@ pub enum Readiness {
     /// It runs small guests, and fails on what a stock kernel needs.
     SimpleGuests {
         /// What fails.
-        reason: String,
+        reason: Arc<ProbeFailure>,
     },
     /// It does not work.
     Unusable {
         /// Why not.
-        reason: String,
+        reason: Arc<ProbeFailure>,
     },
 }
 
 /// What [`preflight`] found out about one backend.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct BackendReport {
     /// The backend.
     pub backend: BackendKind,
     /// How far it works here.
     pub readiness: Readiness,
+}
+
+impl BackendReport {
+    /// True if the backend runs everything here.
+    pub fn is_usable(&self) -> bool {
+        matches!(self.readiness, Readiness::Usable)
+    }
 }
 
 impl fmt::Display for BackendReport {
@@ -110,7 +117,7 @@ impl fmt::Display for BackendReport {
 /// for report in &reports {
 ///     println!("{report}");
 /// }
-/// assert!(reports.iter().any(|r| r.readiness == vmkit::Readiness::Usable));
+/// assert!(reports.iter().any(|report| report.is_usable()));
 /// ```
 pub fn preflight() -> Vec<BackendReport> {
     vec![
@@ -123,7 +130,7 @@ fn kvm_readiness() -> Readiness {
     match vmkit_kvm::probe() {
         Ok(()) => Readiness::Usable,
         Err(failure) => {
-            let reason = failure.to_string();
+            let reason = Arc::new(failure);
             match vmkit_kvm::can_run_simple_guests() {
                 Ok(()) => Readiness::SimpleGuests { reason },
                 Err(_) => Readiness::Unusable { reason },
@@ -168,6 +175,10 @@ fn preferred_by(
         Err(reason) if reason.is_lasting() => {
             log::info!("machines run on the software processor, because KVM is no help: {reason}");
             *known.get_or_init(|| BackendKind::Software)
+        }
+        Err(reason) if reason.is_absence() => {
+            log::info!("a machine runs on the software processor: {reason}");
+            BackendKind::Software
         }
         Err(reason) => {
             log::warn!(

@@ -58,6 +58,7 @@ pub use vmkit_boot::Boot;
 pub use vmkit_chipset::{Capture, DebugExit, OutputProbe, Serial, SerialInput, SerialOutput};
 pub use vmkit_guest::Guest;
 pub use vmkit_hypervisor::{CpuModel, DirtyLog, InterruptControllers, StateSet, VcpuState};
+pub use vmkit_kvm::{ProbeFailure, ProbeStep};
 
 pub use {
     vmkit_boot as boot, vmkit_chipset as devices, vmkit_device as device, vmkit_guest as guest,

@@ -501,7 +501,7 @@ fn impossible_states_are_refused(hypervisor: &dyn Hypervisor) -> Result<(), Fail
         let mut state = good.clone();
         spoil(&mut state);
         match guest.cpu.set(*part, &state) {
-            Err(Failure::Backend(HypervisorError::State(_))) => {}
+            Err(Failure::Backend(HypervisorError::State { .. })) => {}
             Err(other) => return Err(Failure::Wrong(format!("{what}: {other}"))),
             Ok(()) => return Err(Failure::Wrong(format!("{what} was taken"))),
         }

@@ -159,7 +159,7 @@ impl Split {
         let mut state = self.0.lock();
         self.0
             .redirect(&mut state, |board| board.load(&from.pic, &from.ioapic, &from.pit, now))
-            .map_err(|error| HypervisorError::State(error.to_string()))?;
+            .map_err(|error| HypervisorError::state(error.to_string()))?;
         state.resample = true;
         self.start_if_needed(&mut state);
         Ok(())

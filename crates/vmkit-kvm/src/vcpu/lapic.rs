@@ -60,7 +60,7 @@ impl KvmVcpu {
         let id = if state.apic_base & X2APIC != 0 { id } else { id >> 24 };
         // A guest may change its xAPIC ID; nobody does, and KVM would send interrupts astray.
         if id != self.index {
-            return Err(HypervisorError::State(format!(
+            return Err(HypervisorError::state(format!(
                 "a local APIC of ID {id:#x} for vCPU {}",
                 self.index
             )));

@@ -144,13 +144,13 @@ impl KvmVcpu {
             MpState::Halted => KVM_MP_STATE_HALTED,
             // Not `UNINITIALIZED`, which would wait for an INIT first.
             MpState::WaitForSipi => KVM_MP_STATE_INIT_RECEIVED,
-            other => return Err(HypervisorError::State(format!("multiprocessor state {other:?}"))),
+            other => return Err(HypervisorError::state(format!("multiprocessor state {other:?}"))),
         };
         if !self.has_lapic() {
             // Without a local APIC nothing could wake it.
             return match state {
                 MpState::Runnable => Ok(()),
-                _ => Err(HypervisorError::State("a halted vCPU without a local APIC".into())),
+                _ => Err(HypervisorError::state("a halted vCPU without a local APIC")),
             };
         }
         self.fd

@@ -100,7 +100,7 @@ impl KvmVcpu {
         let mut batch = entries(self.list()?.iter().map(|index| (*index, 0)))?;
         let read = self.fd.get_msrs(&mut batch).map_err(host("read MSRs"))?;
         if let Some(stuck) = batch.as_slice().get(read) {
-            return Err(HypervisorError::State(format!("KVM cannot read MSR {:#x}", stuck.index)));
+            return Err(HypervisorError::state(format!("KVM cannot read MSR {:#x}", stuck.index)));
         }
         out.clear();
         for entry in batch.as_slice() {
@@ -114,7 +114,7 @@ impl KvmVcpu {
     pub(super) fn set_msrs(&mut self, from: &[Msr]) -> Result<()> {
         let list = self.list()?;
         if let Some(alien) = from.iter().find(|msr| !list.contains(&msr.index)) {
-            return Err(HypervisorError::State(format!(
+            return Err(HypervisorError::state(format!(
                 "MSR {:#x} is not part of the CPU model on this host",
                 alien.index
             )));
@@ -132,7 +132,7 @@ impl KvmVcpu {
         let written = self.fd.set_msrs(batch).map_err(host("write MSRs"))?;
         match batch.as_slice().get(written) {
             None => Ok(()),
-            Some(entry) => Err(HypervisorError::State(format!(
+            Some(entry) => Err(HypervisorError::state(format!(
                 "KVM refuses {:#x} for MSR {:#x}",
                 entry.data, entry.index
             ))),
@@ -144,7 +144,7 @@ impl KvmVcpu {
         let read = self.fd.get_msrs(&mut batch).map_err(host("read an MSR"))?;
         match batch.as_slice() {
             [entry] if read == 1 => Ok(entry.data),
-            _ => Err(HypervisorError::State(format!("KVM cannot read MSR {index:#x}"))),
+            _ => Err(HypervisorError::state(format!("KVM cannot read MSR {index:#x}"))),
         }
     }
 
@@ -171,7 +171,7 @@ impl KvmVcpu {
 fn entries(of: impl Iterator<Item = (u32, u64)>) -> Result<Msrs> {
     let entries: Vec<_> =
         of.map(|(index, data)| kvm_msr_entry { index, data, ..kvm_msr_entry::default() }).collect();
-    Msrs::from_entries(&entries).map_err(|_| HypervisorError::State("too many MSRs".into()))
+    Msrs::from_entries(&entries).map_err(|_| HypervisorError::state("too many MSRs"))
 }
 
 #[cfg(test)]

@@ -249,17 +249,22 @@ impl KvmVcpu {
         } else {
             format!("KVM_RUN: {source}")
         };
-        self.failed(reason, None)
+        let at = self.place(None);
+        HypervisorError::Failed { reason, at, source: Some(source) }
     }
 
     /// A failure at the guest's current instruction, whose bytes are `known` or read from memory.
     fn failed(&mut self, reason: String, known: Option<([u8; 15], u8)>) -> HypervisorError {
+        HypervisorError::Failed { reason, at: self.place(known), source: None }
+    }
+
+    fn place(&mut self, known: Option<([u8; 15], u8)>) -> FailedInstruction {
         let mut at = FailedInstruction { address: 0, bytes: [0; 15], len: 0 };
         if let (Ok(regs), Ok(sregs)) = (self.fd.get_regs(), self.fd.get_sregs()) {
             at.address = sregs.cs.base.wrapping_add(regs.rip);
         }
         (at.bytes, at.len) = known.unwrap_or_else(|| self.bytes_at(at.address));
-        HypervisorError::Failed { reason, at }
+        at
     }
 
     /// The bytes at a linear address, as far as they are in mapped memory.

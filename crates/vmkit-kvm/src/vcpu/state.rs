@@ -12,7 +12,7 @@ use vmkit_hypervisor::x86::{
 use vmkit_hypervisor::{Feature, HypervisorError, Result, StateSet, VcpuState};
 
 use super::KvmVcpu;
-use crate::error::host;
+use crate::error::{host, io_error};
 
 impl KvmVcpu {
     pub(super) fn general(&self) -> Result<GeneralRegisters> {
@@ -193,7 +193,7 @@ impl KvmVcpu {
                 e.interrupt.nr = vector;
                 e.interrupt.soft = u8::from(software);
             }
-            other => return Err(HypervisorError::State(format!("pending event {other:?}"))),
+            other => return Err(HypervisorError::state(format!("pending event {other:?}"))),
         }
         e.nmi.pending = u8::from(from.nmi_pending);
         e.nmi.masked = u8::from(from.nmi_masked);
@@ -203,7 +203,7 @@ impl KvmVcpu {
 
     /// Checks what can be checked before anything is changed.
     pub(super) fn check(&self, what: StateSet, from: &VcpuState) -> Result<()> {
-        let wrong = |text: String| Err(HypervisorError::State(text));
+        let wrong = |text: String| Err(HypervisorError::state(text));
         if what.contains(StateSet::CONTROL) {
             let c = &from.control;
             let mask = self.model.xcr0_mask();
@@ -240,7 +240,10 @@ impl KvmVcpu {
 
 /// The error for a state that KVM refuses.
 pub(super) fn refused(what: &str, error: &vmm_sys_util::errno::Error) -> HypervisorError {
-    HypervisorError::State(format!("KVM refuses the {what}: {error}"))
+    HypervisorError::State {
+        reason: format!("KVM refuses the {what}: {error}"),
+        source: Some(io_error(*error)),
+    }
 }
 
 fn segment(s: &kvm_segment) -> Segment {

@@ -76,7 +76,7 @@ impl KvmVcpu {
 
     /// Refuses what KVM would refuse, and what is outside the model.
     pub(super) fn check_xsave(&self, area: &XsaveArea) -> Result<()> {
-        let wrong = |text: String| Err(HypervisorError::State(text));
+        let wrong = |text: String| Err(HypervisorError::state(text));
         let bytes = &area.0;
         let mask = self.components();
         if bytes.len() < LEGACY_AND_HEADER || bytes.len() > size_of::<kvm_xsave>() {

@@ -23,7 +23,7 @@ const XSAVE_HEADER: usize = 512;
 const XSAVE_MIN: usize = 576;
 
 fn refuse<T>(why: impl Into<String>) -> Result<T, HypervisorError> {
-    Err(HypervisorError::State(why.into()))
+    Err(HypervisorError::state(why))
 }
 
 fn check(fine: bool, why: impl FnOnce() -> String) -> Result<(), HypervisorError> {
@@ -133,7 +133,7 @@ impl Cpu {
         let lacks = what.contains(StateSet::LAPIC) && self.partition.has_chips;
         check(!lacks || from.lapic.is_some(), || "no local APIC, and this vCPU has one".into())?;
         let lapic = from.lapic.as_ref().filter(|_| what.contains(StateSet::LAPIC));
-        let refused = |e: IrqchipError| HypervisorError::State(e.to_string());
+        let refused = |e: IrqchipError| HypervisorError::state(e.to_string());
         let now = self.partition.clock_ns();
         if let Some(lapic) = lapic {
             // It checks itself as it loads: on a copy first, because it can still refuse.
