@@ -143,7 +143,8 @@ impl CpuModel {
         Self::named("x86-64-v3", FeatureSet::v3())
     }
 
-    /// A model with exactly `features`.
+    /// A model with exactly `features`, and with the vendor, family and model of an Intel processor, as
+    /// all named models have.
     pub fn with_features(name: &str, features: FeatureSet) -> Self {
         Self::named(name, features)
     }

@@ -133,7 +133,9 @@ pub fn best_available(model: &CpuModel, capabilities: &Capabilities) -> CpuModel
     best
 }
 
-/// The host's own processor, as far as KVM can give it and vmkit knows its features.
+/// The host's own processor, as far as KVM can give it and vmkit knows its features: vendor, family,
+/// model and stepping too, by which kernels choose mitigations of processor bugs. What is not AMD's is
+/// taken for Intel's.
 ///
 /// Guests on this model cannot move to other hosts.
 #[must_use]

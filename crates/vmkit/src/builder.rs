@@ -123,7 +123,9 @@ impl VmBuilder {
         self
     }
 
-    /// What processor the guest sees; everything the backend can give if not said.
+    /// What processor the guest sees; everything the backend can give if not said, under the name of an
+    /// Intel processor whatever the host's. A guest that is to choose its own mitigations of the host's
+    /// processor bugs wants [`vmkit_kvm::host_model`].
     pub fn cpu_model(mut self, model: CpuModel) -> Self {
         self.model = Some(model);
         self
