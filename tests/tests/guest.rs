@@ -208,18 +208,19 @@ fn an_agent_dials_again_after_a_lost_connection_and_ends_what_it_did_for_the_los
     }
 }
 
-/// Boots what `boot_linux --exec command` does with a socket device, plugged in or not. Returns the
-/// command's status and what the console said.
-fn serve(command: &str, with_vsock: bool) -> Option<(Option<u8>, String)> {
-    let (files, modules) = files("virtio_mmio")?;
+/// Boots what `boot_linux --exec command` does with a socket device, for which the guest has a driver
+/// or not. Returns the command's status and what the console said.
+fn serve(command: &str, with_driver: bool) -> Option<(Option<u8>, String)> {
+    let (files, mut modules) = files("virtio_mmio")?;
+    if !with_driver {
+        modules.clear();
+    }
     let (job, network) = (Job::Serve(command.into()), Network::Untouched);
     let userland = Userland { busybox: &files.busybox, job, modules: &modules, network };
     let linux = Linux::bzimage(&files.kernel).unwrap().initrd_bytes(userland.build());
     let cmdline = format!("{WORDS} loglevel=1");
     let mut vsock = Vsock::new(3).unwrap();
-    let builder = Vm::builder().boot(linux.cmdline(cmdline)).guest_agent(&mut vsock);
-    let (builder, _unplugged) =
-        if with_vsock { (builder.device(vsock), None) } else { (builder, Some(vsock)) };
+    let builder = Vm::builder().boot(linux.cmdline(cmdline)).guest_agent(&mut vsock).device(vsock);
     let learnt = Console::default();
     let builder = builder.device(Serial::com2().on_output(learnt.watch_init()));
     let (vm, console) = start(builder);
