@@ -124,6 +124,7 @@ const TCG_CHECKS: &str = "QEMU does not check this in a nested guest";
 const TCG_LACKS: &[Exception<'_>] = &[
     ("exceptions::lock_without_memory_is_invalid", "QEMU saves RIP after the instruction"),
     ("exceptions::noncanonical_stack", "QEMU raises #GP for #SS"),
+    ("exceptions::noncanonical_stack_at_a_call", "QEMU raises #GP for #SS"),
     ("exceptions::software_interrupt_through_a_privileged_gate", TCG_ERROR_CODES),
     ("exceptions::vector_past_the_table", TCG_ERROR_CODES),
     ("exceptions::gate_not_present", TCG_ERROR_CODES),
