@@ -123,7 +123,9 @@ fn init_and_sipi_start_a_processor(hypervisor: &dyn Hypervisor) -> Result<(), Fa
     ensure_eq!((first, second & 0xFFFF), (selector, selector), "CS as both saw it");
     Ok(())
 }
-fn a_started_processor_is_as_after_init(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
+
+/// A guest of two processors whose first starts the second, which stops at once.
+fn starts_another(hypervisor: &dyn Hypervisor) -> Result<Guest, Failure> {
     let mut guest = Guest::new(hypervisor, Mode::Long, 2)?;
     // OUT STOP_PORT, AL is the first instruction.
     guest.write(u64::from(SIPI_PAGE) << 12, &[0xE6, 0xF4])?;
@@ -132,6 +134,11 @@ fn a_started_processor_is_as_after_init(hypervisor: &dyn Hypervisor) -> Result<(
         asm! { a; stop; };
         Ok(())
     })?;
+    Ok(guest)
+}
+
+fn a_started_processor_is_as_after_init(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
+    let mut guest = starts_another(hypervisor)?;
     let mut other = guest.add_cpu(1)?;
     together(&mut guest.cpu, &mut other)?;
     let state = other.get(StateSet::all())?;
@@ -145,15 +152,9 @@ fn a_started_processor_is_as_after_init(hypervisor: &dyn Hypervisor) -> Result<(
     ensure_eq!(state.mp, MpState::Runnable, "MP state");
     Ok(())
 }
+
 fn what_starts_a_processor_is_in_its_state(hypervisor: &dyn Hypervisor) -> Result<(), Failure> {
-    let mut guest = Guest::new(hypervisor, Mode::Long, 2)?;
-    // OUT STOP_PORT, AL is the first instruction.
-    guest.write(u64::from(SIPI_PAGE) << 12, &[0xE6, 0xF4])?;
-    guest.load(|a| {
-        send_init_sipi(a)?;
-        asm! { a; stop; };
-        Ok(())
-    })?;
+    let mut guest = starts_another(hypervisor)?;
     // It has not run when they come, as when all vCPUs are stopped for a snapshot.
     let mut other = guest.add_cpu(1)?;
     guest.cpu.finish(&mut Recorder::new())?;
